@@ -1,0 +1,1212 @@
+"""
+Every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17844), each on one screen.
+
+Three families mix tokens: softmax attention; long convolutions under a gate; and one gated linear
+recurrence, of which linear attention, GLA, RWKV-5, RWKV-6 and (elementwise) Mamba are special
+cases. Channel mixers stand behind them. The file goes bottom-up: first the fast paths, each beside
+the plain loop that defines it, then the layers, then the table `LAYERS` that names them all.
+
+  B batch         T time, tokens      D width             H heads
+  K key width of a head               V value width of a head
+  N state of a channel                E experts           C chunk length, or channels
+
+A layer is built as Layer(dim, max_len, **settings) and has
+  forward(x)                (B, T, D) -> (B, T, D), causal
+  init_state, step(x, s)    the same, a token at a time: (B, D), state -> (B, D), state
+  flops(T)                  forward FLOPs of one sequence, a multiply-add counting 2
+  nominal(T)                its state as the paper counts it; `count_state` counts real tensors
+To add your own: one class, one line in `LAYERS`. The tests, benchmark and --arch then know it.
+
+  python layers.py                 every layer: fast path against its plain loop, on this machine
+  python layers.py --layers mamba,hyena --compile
+"""
+import argparse
+import contextlib
+import difflib
+import functools
+import inspect
+import math
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# =================================================================================================
+# Fast paths and the loops that define them
+# =================================================================================================
+
+PLAIN = False          # True inside `plain_loops()`: every fast path then runs its definition
+
+
+@contextlib.contextmanager
+def plain_loops():
+    """Inside this context all layers run on their plain-loop definitions (slow, obviously right)."""
+    global PLAIN
+    before, PLAIN = PLAIN, True
+    try:
+        yield
+    finally:
+        PLAIN = before
+
+
+def defined_by(reference):
+    """Pair a fast path with the plain loop that defines it; a test compares every such pair."""
+    def pair(fast):
+        @functools.wraps(fast)
+        def either(*args, **how):                  # keywords say how, which a definition ignores
+            return reference(*args) if PLAIN else fast(*args, **how)
+        either.reference = reference
+        return either
+    return pair
+
+
+def at_least_float32(*tensors):
+    """Entry to a float32 island: bf16 (from autocast) becomes float32, float64 stays."""
+    out = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+    return out if len(out) > 1 else out[0]
+
+
+# -------------------------------------------------------------------------------------------------
+#   y_t = sum_{s <= t} h_{t-s} u_s                                        (elementwise in D)
+
+
+def long_conv_reference(u, h):
+    """The definition. u (B, T, D), filters h (D, T'), T' >= T -> (B, T, D)."""
+    u, h = at_least_float32(u, h)
+    return torch.stack([(u[:, :t + 1] * h[:, :t + 1].flip(1).T).sum(1)
+                        for t in range(u.shape[1])], 1)
+
+
+def fft_length(T):
+    """The smallest n >= 2T - 1 (so that the circular convolution does not wrap) of factors 2, 3, 5."""
+    def smooth(n):
+        for p in (2, 3, 5):
+            while n % p == 0:
+                n //= p
+        return n == 1
+    return next(n for n in range(max(2, 2 * T - 1), 8 * T) if n % 2 == 0 and smooth(n))
+
+
+# An operator of its own, since torch.compile has no code for complex numbers: it calls this as it
+# is, without a graph break. The spectra are outputs, so that the backward pass can reuse them.
+@torch.library.custom_op("nanomad::fft_conv", mutates_args=())
+def _fft_conv(u: torch.Tensor, h: torch.Tensor
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    T = u.shape[1]
+    n = fft_length(T)
+    fu = torch.fft.rfft(u.transpose(1, 2), n)                                 # (B, D, n/2 + 1)
+    fh = torch.fft.rfft(h, n)                                                 # (D, n/2 + 1)
+    y = torch.fft.irfft(fu * fh, n)[..., :T]                                  # (B, D, T)
+    return y.transpose(1, 2).contiguous(), fu, fh                             # (B, T, D)
+
+
+@_fft_conv.register_fake
+def _(u, h):
+    (B, T, D), f = u.shape, fft_length(u.shape[1]) // 2 + 1
+    complex_ = torch.complex128 if u.dtype == torch.float64 else torch.complex64
+    return (u.new_empty(B, T, D), u.new_empty(B, D, f, dtype=complex_),
+            u.new_empty(D, f, dtype=complex_))
+
+
+# Both gradients are correlations: du = conj(h) * g and dh = conj(u) * g in frequency. The batch is
+# summed there, before the inverse transform: one transform for dh instead of B.
+@torch.library.custom_op("nanomad::fft_conv_backward", mutates_args=())
+def _fft_conv_backward(g: torch.Tensor, fu: torch.Tensor, fh: torch.Tensor
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
+    T = g.shape[1]
+    n = fft_length(T)
+    fg = torch.fft.rfft(g.transpose(1, 2), n)                                 # (B, D, n/2 + 1)
+    dh = torch.fft.irfft((fg * fu.conj()).sum(0), n)[:, :T].contiguous()      # (D, T)
+    du = torch.fft.irfft(fg.mul_(fh.conj()), n)[..., :T]                      # (B, D, T)
+    return du.transpose(1, 2).contiguous(), dh
+
+
+@_fft_conv_backward.register_fake
+def _(g, fu, fh):
+    B, T, D = g.shape
+    return g.new_empty(B, T, D), g.new_empty(D, T)
+
+
+def _fft_conv_save(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _fft_conv_grad(ctx, g, _fu, _fh):
+    return _fft_conv_backward(g, *ctx.saved_tensors)
+
+
+_fft_conv.register_autograd(_fft_conv_grad, setup_context=_fft_conv_save)
+
+
+def toeplitz(h, T):
+    """h (D, T') -> (D, T, T), entry (t, s) = h_{t-s} for s <= t and 0 above the diagonal."""
+    h = F.pad(h[:, :T], (T - 1, 0))                                           # (D, 2T - 1)
+    return h.unfold(-1, T, 1).flip(-1)
+
+
+@defined_by(long_conv_reference)
+def long_conv(u, h, method="auto"):
+    """
+    Causal convolution along T of u (B, T, D) with filters h (D, T'), T' >= T -> (B, T, D), in
+    float32 or float64. O(T log T) as an FFT, O(T^2) as a product with the Toeplitz matrix of h.
+
+    method: "fft", "toeplitz" or "auto": the matrix on a CPU up to T = 64, on a GPU, whose matrix
+    units are far faster than its FFT, up to T = 512 (`python layers.py --break-even` measures it).
+    """
+    u, h, T = *at_least_float32(u, h), u.shape[1]
+    if h.shape[1] < T:
+        raise ValueError(f"long_conv: filter of length {h.shape[1]} for a sequence of length {T}")
+    if method == "auto":
+        method = "toeplitz" if T <= (64 if u.device.type == "cpu" else 512) else "fft"
+    if method == "fft":
+        return _fft_conv(u, h[:, :T])[0]
+    return (toeplitz(h, T) @ u.permute(2, 1, 0)).permute(2, 1, 0)             # bmm (D, T, B)
+
+
+# -------------------------------------------------------------------------------------------------
+#   y_t = sum_{i < width} w_i x_{t-i}                                     (elementwise in C)
+
+
+def short_conv_reference(x, w):
+    """The definition. x (B, T, C), taps w (width, C) -> (B, T, C)."""
+    return torch.stack([sum(w[i] * x[:, t - i] for i in range(min(len(w), t + 1)))
+                        for t in range(x.shape[1])], 1)
+
+
+@defined_by(short_conv_reference)
+def short_conv(x, w):
+    """The same as a sum of shifted products, which on CPU beats conv1d and its transposes."""
+    width, T = len(w), x.shape[1]
+    x = F.pad(x, (0, 0, width - 1, 0))                                        # (B, T + width-1, C)
+    return sum(w[i] * x[:, width - 1 - i:width - 1 - i + T] for i in range(width))
+
+
+# -------------------------------------------------------------------------------------------------
+#   h_t = a_t h_{t-1} + b_t                                                       (elementwise)
+
+
+def linear_scan_reference(a, b):
+    """The definition. a, b (B, T, ...) -> (B, T, ...), h_{-1} = 0."""
+    a, b = at_least_float32(a, b)
+    h, hs = torch.zeros_like(b[:, 0]), []
+    for t in range(b.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        hs.append(h)
+    return torch.stack(hs, 1)
+
+
+def _scan_loop(a, b, reverse):
+    """One pass over time into a buffer. Reversed: h_t = a_{t+1} h_{t+1} + b_t."""
+    h = torch.empty_like(b)
+    a, b, hs = a.unbind(1), b.unbind(1), h.unbind(1)
+    if reverse:
+        a, b, hs = (None, *a[:0:-1]), b[::-1], hs[::-1]
+    hs[0].copy_(b[0])
+    for t in range(1, len(hs)):
+        torch.addcmul(b[t], a[t], hs[t - 1], out=hs[t])
+    return h
+
+
+def _scan_blocks(a, b):
+    """
+    The same in 3 sqrt(T) kernels instead of T, for devices where a launch is dear: scan all chunks
+    side by side from zero, then hand each chunk the end of the one before, times its decay so far.
+    """
+    B, T, N = b.shape
+    c = math.isqrt(T - 1) + 1
+    a, b = (F.pad(x, (0, 0, 0, -T % c)).view(B, -1, c, N) for x in (a, b))    # (B, chunks, c, N)
+    h, decay = b.clone(), a.clone()
+    for t in range(1, c):
+        h[:, :, t] += a[:, :, t] * h[:, :, t - 1]
+        decay[:, :, t] *= decay[:, :, t - 1]
+    for i in range(1, h.shape[1]):
+        h[:, i] += decay[:, i] * h[:, i - 1, -1:]
+    return h.view(B, -1, N)[:, :T].contiguous()
+
+
+@torch.library.custom_op("nanomad::scan", mutates_args=())
+def _scan(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> torch.Tensor:
+    if b.device.type == "cpu":
+        return _scan_loop(a, b, reverse)
+    if not reverse:
+        return _scan_blocks(a, b)
+    after = F.pad(a[:, 1:], (0, 0, 0, 1))                                     # a_{t+1}
+    return _scan_blocks(after.flip(1), b.flip(1)).flip(1)
+
+
+@_scan.register_fake
+def _(a, b, reverse):
+    return torch.empty_like(b, memory_format=torch.contiguous_format)
+
+
+# The gradient of a scan is the same scan backwards in time: g_t = dL/dh_t + a_{t+1} g_{t+1}. Left
+# to autograd, a loop that writes into slices would cost O(T^2).
+def _scan_grad(ctx, g):
+    a, h = ctx.saved_tensors
+    g = _scan(a, g, True)
+    return g * F.pad(h[:, :-1], (0, 0, 1, 0)), g, None
+
+
+def _scan_save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output)
+
+
+_scan.register_autograd(_scan_grad, setup_context=_scan_save)
+
+
+@defined_by(linear_scan_reference)
+def linear_scan(a, b):
+    """h_t = a_t h_{t-1} + b_t along dim 1. a, b (B, T, ...), a may broadcast -> shape of b."""
+    a, b = at_least_float32(a, b)
+    flat = (*b.shape[:2], -1)
+    return _scan(a.expand_as(b).reshape(flat), b.reshape(flat), False).view_as(b)
+
+
+# -------------------------------------------------------------------------------------------------
+#   S_t = diag(a_t) S_{t-1} + k_t v_t^T                y_t = S_t^T q_t
+#   with a bonus u (RWKV):                             y_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t
+
+
+def gated_linear_step(S, q, k, v, log_a=None, u=None):
+    """One token. S (B, H, K, V), q, k, log_a (B, H, K), v (B, H, V), u (H, K) -> y (B, H, V), S."""
+    kv = k[..., None] * v[..., None, :]                                       # (B, H, K, V)
+    old, S = S, (S if log_a is None else log_a.exp()[..., None] * S) + kv
+    read = S if u is None else old + u[..., None] * kv
+    return (q[..., None] * read).sum(-2), S
+
+
+def gated_linear_scan_reference(q, k, v, log_a=None, u=None):
+    """The definition: a loop of `gated_linear_step`."""
+    q, k, v = at_least_float32(q, k, v)
+    S, ys = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for t in range(q.shape[2]):
+        decay = None if log_a is None else at_least_float32(log_a)[:, :, t]
+        y, S = gated_linear_step(S, q[:, :, t], k[:, :, t], v[:, :, t], decay, u)
+        ys.append(y)
+    return torch.stack(ys, 2)
+
+
+def decayed_scores(q, k, log_a, u):
+    """
+    Scores (.., C, C) of one chunk: entry (t, s) = sum_K q_t k_s prod(a_{s+1} .. a_t) for s <= t
+    (RWKV: up to a_{t-1}, and u on the diagonal), with the decay from the chunk's start up to each
+    t, and from each s to its end. q, k, log_a (.., C, K), C a power of 2.
+
+    Dividing cumulative products explodes, and forming all C x C x K decays is slow. Instead double
+    the blocks: log2 C times, join two neighbours; a pair (t, s) that meets in the join is separated
+    by its middle, so its decay is that from the middle to t times that from s to the middle: two
+    factors, each at most 1, and a matrix product.
+    """
+    C, K = q.shape[-2:]
+    blocks = lambda x, m: x.unflatten(-2, (C // (2 * m), 2, m)).unbind(-3)    # two (.., n, m, K)
+    scores = (q * (k if u is None else u[:, None, None] * k)).sum(-1)[..., None, None]
+    if log_a is not None:                            # blocks of one token: what q reads, k leaves
+        to_t, from_s = log_a if u is None else torch.zeros_like(log_a), torch.zeros_like(log_a)
+        total = log_a[..., None, :]                                           # (.., n, 1, K)
+    for m in (2 ** i for i in range(C.bit_length() - 1)):
+        late, early = blocks(q, m)[1], blocks(k, m)[0]                        # (.., n, m, K)
+        if log_a is not None:
+            (t0, t1), (s0, s1) = blocks(to_t, m), blocks(from_s, m)
+            late, early = late * t1.exp(), early * s0.exp()
+            left, right = total.unflatten(-3, (-1, 2)).unbind(-3)             # (.., n, 1, K)
+            to_t = torch.stack((t0, t1 + left), -3).flatten(-4, -2)           # (.., C, K)
+            from_s = torch.stack((s0 + right, s1), -3).flatten(-4, -2)
+            total = left + right
+        first, last = scores.unflatten(-3, (-1, 2)).unbind(-3)                # (.., n, m, m)
+        joined = (late @ early.mT).to(scores.dtype)                           # (.., n, m, m)
+        scores = torch.cat((F.pad(first, (0, m)), torch.cat((joined, last), -1)), -2)
+    scores = scores.squeeze(-3)
+    return (scores, None, None, None) if log_a is None else (scores, to_t, from_s, total[..., 0, 0, :])
+
+
+@defined_by(gated_linear_scan_reference)
+def gated_linear_scan(q, k, v, log_a=None, u=None, chunk=64):
+    """
+    The one recurrence behind linear attention, GLA and RWKV, by chunks: inside a chunk as masked
+    attention, between chunks by its state. O(T C), stable for any decay.
+
+    Args: q, k (B, H, T, K), v (B, H, T, V), log_a <= 0 (B or 1, H, T, K or 1), None: no decay,
+        u (H, K) or None. Returns (B, H, T, V), float32 or float64.
+    """
+    q, k, v, T = *at_least_float32(q, k, v), q.shape[2]
+    C = min(chunk, 1 << (T - 1).bit_length())
+    cut = lambda x: F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))         # (B, H, n, C, .)
+    q, k, v = cut(q), cut(k), cut(v)
+    if log_a is not None:
+        log_a = cut(at_least_float32(log_a))
+    scores, to_t, from_s, total = decayed_scores(q, k, log_a, u)
+    y = scores @ v                                                            # (B, H, n, C, V)
+    if q.shape[2] > 1:
+        kv = (k if log_a is None else k * from_s.exp()).mT @ v                # (B, H, n, K, V)
+        decay = q.new_ones(1) if log_a is None else total.exp().transpose(1, 2)[..., None]
+        S = linear_scan(decay, kv.transpose(1, 2)).transpose(1, 2)            # after each chunk
+        past = (q if log_a is None else q * to_t.exp())[:, :, 1:] @ S[:, :, :-1].to(q.dtype)
+        y = y + F.pad(past, (0, 0, 0, 0, 1, 0))
+    return y.flatten(2, 3)[:, :, :T]
+
+
+# =================================================================================================
+# What all layers share
+# =================================================================================================
+
+
+class Layer(nn.Module):
+    """The defaults: a layer without memory, whose matrix products are those of its nn.Linears."""
+
+    def init_state(self, batch, device=None, dtype=None):
+        return ()
+
+    def step(self, x, state):
+        """One token x (B, D), state -> output (B, D), new state. Equals forward."""
+        return self(x[:, None])[:, 0], state
+
+    def matmul_flops(self, T):
+        """Products with weights, one sequence: 2 T x inputs x outputs of every nn.Linear."""
+        return sum(2 * T * m.in_features * m.out_features for m in self.modules()
+                   if isinstance(m, nn.Linear))
+
+    def mixing_flops(self, T):
+        return 0
+
+    def flops(self, T):
+        """Forward FLOPs of one sequence of length T; norms and activations are left out."""
+        return self.matmul_flops(T) + self.mixing_flops(T)
+
+    def nominal(self, T):
+        """State in numbers as the paper counts it (mad.md table of section 2: sum is 4096)."""
+        return 0
+
+
+def count_state(state):
+    """Floating-point numbers a sequence in a (nested) state: the tensors are what is counted."""
+    if torch.is_tensor(state):
+        return state[0].numel() if state.is_floating_point() else 0
+    return sum(map(count_state, state))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        wide = at_least_float32(x)
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+                * self.weight).to(x.dtype)
+
+
+def linear(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def split_heads(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                       # (B, H, T, K)
+
+
+def merge_heads(x):
+    return x.transpose(1, 2).flatten(2)                                       # (B, T, D)
+
+
+def token_shift(x):
+    return F.pad(x[:, :-1], (0, 0, 1, 0))                                     # x_{t-1}
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution; its state is the last width - 1 inputs."""
+
+    def __init__(self, channels, width, bias=False):
+        super().__init__()
+        self.taps = nn.Parameter(torch.empty(width, channels).uniform_(-1, 1) / width ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def forward(self, x):                                                     # (B, T, C)
+        y = short_conv(x, self.taps.to(x.dtype))
+        return y if self.bias is None else y + self.bias
+
+    def init_state(self, batch, device=None, dtype=None):
+        width, channels = self.taps.shape
+        return torch.zeros(batch, width - 1, channels, device=device, dtype=dtype)
+
+    def step(self, x, tail):
+        window = torch.cat((tail, x[:, None]), 1)                             # (B, width, C)
+        y = (window * self.taps.flip(0)).sum(1)
+        return y if self.bias is None else y + self.bias, window[:, 1:]
+
+
+# =================================================================================================
+# Softmax attention
+#   y_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s             (window W: t - W < s <= t)
+# =================================================================================================
+
+
+def causal_attention_reference(q, k, v, window=None):
+    """The definition. q, k, v (B, H, T, K) -> (B, H, T, K)."""
+    ys = []
+    for t in range(q.shape[2]):
+        seen = slice(0 if window is None else max(0, t + 1 - window), t + 1)
+        scores = at_least_float32(q[:, :, t:t + 1] @ k[:, :, seen].mT)
+        ys.append((scores / q.shape[-1] ** 0.5).softmax(-1).to(v.dtype) @ v[:, :, seen])             # (B, H, 1, K)
+    return torch.cat(ys, 2)
+
+
+def hide(mask, like):
+    """What to add to scores so that softmax sees them only where mask is True: 0 or -inf."""
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, -torch.inf)
+
+
+def windowed_attention(q, k, v, window):
+    """O(T W): blocks of W queries, each looking at its own block of keys and the one before."""
+    T, W = q.shape[2], window
+    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)) for x in (q, k, v))
+    k, v = (torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3) for x in (k, v))
+    t = torch.arange(W, device=q.device)[:, None]
+    s = torch.arange(-W, W, device=q.device)
+    n = torch.arange(q.shape[2], device=q.device)[:, None, None]
+    seen = (s <= t) & (s > t - W) & ((s >= 0) | (n > 0))                      # (n, W, 2W)
+    p = (q @ k.mT + hide(seen, q)).softmax(-1)                                # (B, H, n, W, 2W)
+    return (p @ v).flatten(2, 3)[:, :, :T]
+
+
+@defined_by(causal_attention_reference)
+def causal_attention(q, k, v, window=None):
+    """
+    Attention by torch's fused kernel on GPUs. On CPUs that kernel's backward pass is slow for narrow
+    heads: two matrix products and a softmax there, in four row blocks that skip the masked part.
+    """
+    T, width = q.shape[2], q.shape[-1]
+    if window is not None and window < T:
+        return windowed_attention(q / width ** 0.5, k, v, window)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    q, ys, rows = q / width ** 0.5, [], max(64, -(-T // 4))
+    for t in range(0, T, rows):
+        end = min(t + rows, T)
+        seen = torch.ones(end - t, end, dtype=torch.bool, device=q.device).tril(t)
+        scores = q[:, :, t:end] @ k[:, :, :end].mT + hide(seen, q)            # softmax: float32 inside
+        ys.append(scores.softmax(-1) @ v[:, :, :end])
+    return torch.cat(ys, 2)
+
+
+def rotate(x, position):
+    """Rotary positions (Su et al. 2021): channel pair i of x (.., T, K) turns by t 10000^(-2i/K)."""
+    half = x.shape[-1] // 2
+    rate = 10000.0 ** -(torch.arange(half, device=x.device) / half)
+    angle = position[..., None] * rate                                        # (T, K/2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x[..., :half], x[..., half:2 * half]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
+
+
+class Attention(Layer):
+    """
+    Softmax attention with rotary positions; with a window, over the last `window` tokens only.
+
+    Args: heads H; window in tokens or None. The state is all keys and values so far, or a ring
+    buffer of the last `window` of them.
+    """
+
+    def __init__(self, dim, max_len, heads=16, window=None):
+        super().__init__()
+        self.dim, self.heads, self.window = dim, heads, window
+        self.qkv, self.out = linear(dim, 3 * dim), linear(dim, dim)
+
+    def project(self, x, position):
+        q, k, v = (split_heads(p, self.heads) for p in self.qkv(x).chunk(3, -1))
+        return rotate(q, position), rotate(k, position), v                    # (B, H, T, K)
+
+    def forward(self, x):
+        q, k, v = self.project(x, torch.arange(x.shape[1], device=x.device))
+        return self.out(merge_heads(causal_attention(q, k, v, self.window)))
+
+    def init_state(self, batch, device=None, dtype=None):
+        length = self.window or 0
+        empty = torch.zeros(batch, self.heads, length, self.dim // self.heads, device=device,
+                            dtype=dtype)
+        return empty, empty, torch.zeros((), dtype=torch.long, device=device)
+
+    def step(self, x, state):
+        keys, values, t = state
+        q, k, v = self.project(x[:, None], t[None])
+        if self.window is None:
+            keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+            seen = torch.ones(1, keys.shape[2], dtype=torch.bool, device=x.device)
+        else:                                             # overwrite the oldest entry of the ring
+            slot = (t % self.window)[None]
+            keys, values = keys.index_copy(2, slot, k), values.index_copy(2, slot, v)
+            seen = (torch.arange(self.window, device=x.device) <= t)[None]
+        p = (q @ keys.mT / q.shape[-1] ** 0.5 + hide(seen, q)).softmax(-1)    # (B, H, 1, t)
+        return self.out(merge_heads(p @ values))[:, 0], (keys, values, t + 1)
+
+    def matmul_flops(self, T):
+        """Plus q . k and p v, over the pairs that are looked at: 4 D a pair."""
+        W = min(self.window or T, T)
+        return super().matmul_flops(T) + 4 * self.dim * (T * W - W * (W - 1) // 2)
+
+    def nominal(self, T):
+        return 2 * self.dim * (self.window or T)
+
+
+# =================================================================================================
+# Long convolutions under a gate
+#   y = q * (h conv (k * v)),  h a filter as long as the sequence, made by a small function of time
+# =================================================================================================
+
+
+class ImplicitFilter(nn.Module):
+    """
+    h_c(t) = mlp(t, cos, sin)_c * exp(-delta_c t) + d_c [t = 0], t in units of max_len: a sine MLP
+    of width `order` under decays spread over the channels (Hyena, Poli et al. 2023, section 3.3).
+    Unlike mad-lab's, whose cos and sin hardly move, ours make one turn over max_len.
+
+    To step, it has no recurrence: the state is the whole history of inputs.
+    """
+
+    def __init__(self, channels, max_len, order):
+        super().__init__()
+        self.max_len = max_len
+        self.hidden = nn.ModuleList([nn.Linear(3, order), nn.Linear(order, order),
+                                     nn.Linear(order, order)])
+        self.readout = linear(order, channels)
+        self.skip = nn.Parameter(torch.randn(channels))
+        slow, fast = math.log(100) / 1.5, math.log(100) / 0.3     # e^-delta = 1% at 1.5 and 0.3
+        self.register_buffer("delta", torch.linspace(slow, fast, channels), persistent=False)
+
+    def forward(self, T):                                                     # -> (C, T)
+        with torch.autocast(self.skip.device.type, enabled=False):            # a float32 island
+            t = torch.arange(T, device=self.skip.device, dtype=self.skip.dtype)[:, None]
+            t = t / self.max_len
+            z = torch.cat((t, (2 * math.pi * t).cos(), (2 * math.pi * t).sin()), -1)
+            for layer in self.hidden:
+                z = layer(z).sin()                                            # (T, order)
+            h = self.readout(z) * (-self.delta * t).exp()                     # (T, C)
+            return torch.cat((h[:1] + self.skip, h[1:])).T
+
+    def init_state(self, batch, *shape, device=None, dtype=None):
+        return torch.zeros(batch, 0, *shape, device=device, dtype=dtype)
+
+    def step(self, u, history):
+        """u (B, C, ...) -> sum_s h_{t-s} u_s of the same shape, longer history (B, t, C, ...)."""
+        history = torch.cat((history, u[:, None]), 1)
+        h = self(history.shape[1]).flip(1)                                    # (C, t), newest last
+        return torch.einsum("bsc...,cs->bc...", history, h.to(u.dtype)), history
+
+
+class ModalFilter(nn.Module):
+    """
+    h_c(t) = Re sum_n R_cn p_cn^t + d_c [t = 0]: `order` complex poles and residues a channel
+    (StripedHyena-7B). Such a filter is a diagonal state-space model and steps in constant state.
+    """
+
+    def __init__(self, channels, max_len, order):
+        super().__init__()
+        life = torch.logspace(0, 1, channels, base=max(max_len, 2.0))[:, None]    # 1 .. max_len
+        self.log_rate = nn.Parameter(-life.log().expand(-1, order).clone())   # |p| = exp(-rate)
+        self.angle = nn.Parameter(torch.rand(channels, order) * math.pi)
+        self.residue = nn.Parameter(torch.randn(channels, order, 2) / order)
+        self.skip = nn.Parameter(torch.randn(channels))
+
+    def log_poles(self):
+        return torch.complex(-self.log_rate.exp(), self.angle)                # (C, N)
+
+    def forward(self, T):                                                     # -> (C, T)
+        # Re(R p^t) = |p|^t (Re R cos(angle t) - Im R sin(angle t)): no complex numbers needed.
+        t = torch.arange(T, device=self.skip.device, dtype=self.skip.dtype)
+        turn = self.angle[..., None] * t                                      # (C, N, T)
+        re, im = self.residue[..., None].unbind(-2)
+        h = (re * turn.cos() - im * turn.sin()) * (-self.log_rate.exp()[..., None] * t).exp()
+        h = h.sum(1)
+        return torch.cat((h[:, :1] + self.skip[:, None], h[:, 1:]), 1)
+
+    def init_state(self, batch, *shape, device=None, dtype=None):
+        return torch.zeros(batch, *shape, self.angle.shape[1], 2, device=device, dtype=dtype)
+
+    def step(self, u, state):
+        """x_n = p_n x_n + u, y = Re sum_n R_n x_n + d u; u (B, C, ...), state (B, C, ..., N, 2)."""
+        like = lambda w: w.view(len(w), *[1] * (u.ndim - 2), *w.shape[1:])    # (C, 1.., N)
+        pole, residue = self.log_poles().exp(), torch.view_as_complex(self.residue)
+        x = like(pole) * torch.view_as_complex(state) + u[..., None]
+        y = (like(residue) * x).real.sum(-1) + like(self.skip) * u
+        return y, torch.view_as_real(x)
+
+
+FILTERS = {"implicit": ImplicitFilter, "modal": ModalFilter}
+
+
+def make_filter(name, channels, max_len, order):
+    if name not in FILTERS:
+        raise ValueError(f"filter={name!r}: choose one of {', '.join(FILTERS)}")
+    return FILTERS[name](channels, max_len, order)
+
+
+class Hyena(Layer):
+    """
+    q, k, v = short_conv(x W_q, x W_k, x W_v);  y = (q * (h conv (k * v))) W_o
+    (Poli et al. 2023, order 2, section 3.1.)
+
+    Args: expand: inner width over D; the `expand` groups of D channels share their projections
+        (tied, paper appendix) but have short and long filters of their own. kernel: taps of the
+        short convolution. order: size of the long filter. filter: "implicit" or "modal".
+    """
+
+    def __init__(self, dim, max_len, expand=4, kernel=3, order=4, filter="implicit"):
+        super().__init__()
+        self.dim, self.expand, self.order, self.inner = dim, expand, order, dim * expand
+        self.qkv, self.out = linear(dim, 3 * dim), linear(self.inner, dim)
+        self.short = ShortConv(3 * self.inner, kernel)
+        self.filter = make_filter(filter, self.inner, max_len, order)
+
+    def project(self, x):                                                     # (.., D)
+        x = self.qkv(x).unflatten(-1, (3, 1, self.dim))
+        return x.expand(*x.shape[:-2], self.expand, self.dim).flatten(-3)     # (.., 3 inner)
+
+    def readout(self, y, x):
+        return self.out(y.to(x.dtype))
+
+    def forward(self, x):
+        q, k, v = self.short(self.project(x)).chunk(3, -1)                    # (B, T, inner)
+        return self.readout(q * long_conv(k * v, self.filter(x.shape[1])), x)
+
+    def init_state(self, batch, device=None, dtype=None):
+        at = dict(device=device, dtype=dtype)
+        return self.short.init_state(batch, **at), self.filter.init_state(batch, self.inner, **at)
+
+    def step(self, x, state):
+        tail, memory = state
+        mixed, tail = self.short.step(self.project(x), tail)
+        q, k, v = mixed.chunk(3, -1)                                          # (B, inner)
+        y, memory = self.filter.step(k * v, memory)
+        return self.readout(q * y, x), (tail, memory)
+
+    def mixing_flops(self, T):
+        """Short convolution 6 a tap and channel, FFTs 10 log2 T, two gates (paper, appendix)."""
+        taps = len(self.short.taps)
+        return int(T * self.inner * (6 * taps + 10 * math.log2(max(T, 2)) + 4))
+
+    def nominal(self, T):
+        return self.inner * self.order
+
+
+class HyenaExperts(Hyena):
+    """
+    Narrow Hyenas side by side; each token reads the top_k that a router picks for it, weighted by
+    a softmax over the picked ones. All experts convolve all tokens, since a later token may read
+    any of them; what is sparse is the read-out. (Paper, section 3: sparse parallel topology.)
+
+    Args: experts E; width of an expert; top_k; the rest as in Hyena.
+    """
+
+    def __init__(self, dim, max_len, experts=8, width=16, top_k=2, kernel=3, order=16,
+                 filter="implicit"):
+        if experts * width != dim:
+            raise ValueError(f"hyena-experts: experts x width = {experts} x {width} is not the "
+                             f"model's width {dim}; change one of the three")
+        super().__init__(dim, max_len, 1, kernel, order, filter)
+        self.router = Router(dim, experts, top_k)
+
+    def readout(self, y, x):
+        weight, chosen = self.router(x)                                       # (.., top_k)
+        gate = torch.zeros(*x.shape[:-1], self.router.experts, dtype=weight.dtype,
+                           device=x.device).scatter(-1, chosen, weight)       # (.., E)
+        y = y.unflatten(-1, (self.router.experts, -1)) * gate[..., None]
+        return self.out(y.flatten(-2).to(x.dtype))
+
+
+# -------------------------------------------------------------------------------------------------
+#   y_t = sum_{s <= t} h_{t-s} (q_t . k_s) v_s                            (one filter h a head)
+
+
+def toeplitz_attention_reference(q, k, v, h):
+    """The definition. q, k (B, H, T, K), v (B, H, T, V), h (H, T) -> (B, H, T, V)."""
+    q, k, v, h = at_least_float32(q, k, v, h)
+    ys = []
+    for t in range(q.shape[2]):
+        weight = (q[:, :, t:t + 1] * k[:, :, :t + 1]).sum(-1) * h[:, :t + 1].flip(1)
+        ys.append((weight[..., None] * v[:, :, :t + 1]).sum(2))               # (B, H, V)
+    return torch.stack(ys, 2)
+
+
+@defined_by(toeplitz_attention_reference)
+def toeplitz_attention(q, k, v, h, method="auto"):
+    """
+    Linear attention under a Toeplitz mask. "mask": (mask * (q k^T)) v, O(T^2) and no outer product;
+    "fft": one long convolution over the H K V channels of k (x) v, then a contraction with q.
+    """
+    B, H, T, K = q.shape
+    if method == "auto":
+        method = "mask" if T <= (256 if q.device.type == "cpu" else 2048) else "fft"
+    if method == "mask":
+        return (q @ k.mT * toeplitz(h, T).to(q.dtype)) @ v
+    kv = (k[..., None] * v[..., None, :]).transpose(1, 2)                     # (B, T, H, K, V)
+    h = h.repeat_interleave(K * v.shape[-1], 0)                               # (H K V, T)
+    y = long_conv(kv.flatten(2), h).view(kv.shape)
+    return (q.transpose(1, 2)[..., None] * y).sum(-2).transpose(1, 2)         # (B, H, T, V)
+
+
+class MultiHeadHyena(Layer):
+    """
+    Hyena with heads: its gates k * v and q * become k (x) v and q . inside a head, and all channels
+    of a head share one filter (Massaroli et al. 2023, Laughing Hyena). That is linear attention
+    under a Toeplitz mask. mad-lab passes the number of heads where the width of a head belongs and
+    ties the projections; here 16 heads have width 8 and projections are full.
+    """
+
+    def __init__(self, dim, max_len, heads=16, kernel=3, order=2, filter="implicit"):
+        super().__init__()
+        self.dim, self.heads, self.order = dim, heads, order
+        self.qkv, self.out = linear(dim, 3 * dim), linear(dim, dim)
+        self.short = ShortConv(3 * dim, kernel)
+        self.filter = make_filter(filter, heads, max_len, order)
+
+    def forward(self, x):
+        q, k, v = (split_heads(p, self.heads) for p in self.short(self.qkv(x)).chunk(3, -1))
+        y = toeplitz_attention(q, k, v, self.filter(x.shape[1]))              # (B, H, T, V)
+        return self.out(merge_heads(y).to(x.dtype))
+
+    def init_state(self, batch, device=None, dtype=None):
+        at, width = dict(device=device, dtype=dtype), self.dim // self.heads
+        if isinstance(self.filter, ModalFilter):
+            memory = self.filter.init_state(batch, self.heads, width, width, **at)
+        else:                        # k and v themselves: K + V numbers a token instead of K V
+            memory = torch.zeros(batch, self.heads, 0, 2 * width, **at)
+        return self.short.init_state(batch, **at), memory
+
+    def step(self, x, state):
+        tail, memory = state
+        mixed, tail = self.short.step(self.qkv(x), tail)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in mixed.chunk(3, -1))   # (B, H, K)
+        if isinstance(self.filter, ModalFilter):
+            kv, memory = self.filter.step(k[..., None] * v[..., None, :], memory)
+        else:
+            memory = torch.cat((memory, torch.cat((k, v), -1)[:, :, None]), 2)      # (B, H, t, 2K)
+            keys, values = memory.chunk(2, -1)
+            h = self.filter(keys.shape[2]).flip(1)[..., None].to(keys.dtype)        # (H, t, 1)
+            kv = (keys * h).mT @ values                                       # (B, H, K, V)
+        y = (q[..., None] * kv).sum(-2)                                       # (B, H, V)
+        return self.out(y.flatten(1).to(x.dtype)), (tail, memory)
+
+    def mixing_flops(self, T):
+        """Short convolution, and (as FFTs over k (x) v) 10 log2 T + 6 a channel of the state."""
+        channels = self.dim * self.dim // self.heads
+        return int(T * (18 * self.dim + channels * (10 * math.log2(max(T, 2)) + 6)))
+
+    def nominal(self, T):
+        return self.dim * self.dim // self.heads * self.order
+
+
+# =================================================================================================
+# One gated linear recurrence:  S_t = diag(a_t) S_{t-1} + k_t v_t^T,   y_t = S_t^T q_t
+#   linear attention   a = 1, divided by the sum of weights
+#   GLA                a_t from x_t, one a key channel
+#   RWKV-5             a fixed, one a key channel; reads S_{t-1} with a bonus for the present token
+#   RWKV-6             the same with a_t from x_t
+#   Mamba              a_t from x_t and S a row a channel: elementwise
+# =================================================================================================
+
+
+class GatedLinearRecurrence(Layer):
+    """
+    Forward, step and cost of the four that follow. Each says how tokens become (q, k, v, log_a, u)
+    in `project`, and what happens to y in `readout`. `extra` is what v is widened by.
+    """
+
+    token_shift, extra = False, 0
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.dim, self.heads, self.width = dim, heads, dim // heads
+        self.out = linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v, log_a, u, gate = self.project(x, token_shift(x) if self.token_shift else None)
+        return self.out(self.readout(gated_linear_scan(q, k, v, log_a, u), gate).to(x.dtype))
+
+    def init_state(self, batch, device=None, dtype=None):
+        at = dict(device=device, dtype=dtype)
+        S = torch.zeros(batch, self.heads, self.width, self.width + self.extra, **at)
+        return S, (torch.zeros(batch, self.dim, **at) if self.token_shift else ())
+
+    def step(self, x, state):
+        S, before = state
+        before = before[:, None] if self.token_shift else None
+        q, k, v, log_a, u, gate = self.project(x[:, None], before)
+        log_a = None if log_a is None else log_a[:, :, 0]
+        y, S = gated_linear_step(S, q[:, :, 0], k[:, :, 0], v[:, :, 0], log_a, u)
+        y = self.out(self.readout(y[:, :, None], gate).to(x.dtype))[:, 0]
+        return y, (S, x if self.token_shift else ())
+
+    def mixing_flops(self, T):
+        """Update and read of a state of D x V numbers a token: 5 each (decay, outer, add, read)."""
+        return 5 * T * self.dim * (self.width + self.extra)
+
+    def nominal(self, T):
+        return self.dim * self.width
+
+
+class LinearAttention(GatedLinearRecurrence):
+    """
+    y_t = sum_s phi(q_t) . phi(k_s) v_s / sum_s phi(q_t) . phi(k_s)   (Katharopoulos et al. 2020)
+
+    phi(x) = softplus(W_1 x) * softplus(W_2 x), a learned elementwise product, shared by the heads.
+    mad-lab leaves the softplus out; its denominator then changes sign, and outputs reach 33,000.
+    The denominator is the same recurrence over one more column of v, all ones.
+    """
+
+    extra = 1
+
+    def __init__(self, dim, max_len, heads=16):
+        super().__init__(dim, heads)
+        self.qkv = linear(dim, 3 * dim)
+        self.phi_q, self.phi_k = (linear(self.width, 2 * self.width) for _ in range(2))
+
+    def feature(self, phi, x):
+        a, b = F.softplus(phi(x)).chunk(2, -1)
+        return a * b
+
+    def project(self, x, _):
+        q, k, v = (split_heads(p, self.heads) for p in self.qkv(x).chunk(3, -1))
+        v = F.pad(v, (0, 1), value=1.0)                                       # (B, H, T, V + 1)
+        return self.feature(self.phi_q, q), self.feature(self.phi_k, k), v, None, None, None
+
+    def readout(self, y, _):
+        y = at_least_float32(y)
+        return merge_heads(y[..., :-1] / (y[..., -1:] + 1e-6))                # (B, T, D)
+
+    def matmul_flops(self, T):
+        """phi is applied once a head."""
+        return super().matmul_flops(T) + (self.heads - 1) * 8 * T * self.width ** 2
+
+
+class GatedLinearAttention(GatedLinearRecurrence):
+    """
+    log a_t = logsigmoid(W_2 W_1 x_t + b) / 16;  y = (norm(S_t^T q_t) * silu(x W_g)) W_o
+    (Yang et al. 2024, sections 4.1 and 4.4.)  Args: heads H; rank of the gate.
+    """
+
+    def __init__(self, dim, max_len, heads=8, rank=16):
+        super().__init__(dim, heads)
+        self.qkvg = linear(dim, 4 * dim)
+        self.decay = nn.Sequential(linear(dim, rank), nn.Linear(rank, dim))
+        self.norm = RMSNorm(self.width)
+
+    def project(self, x, _):
+        q, k, v, gate = self.qkvg(x).chunk(4, -1)
+        log_a = F.logsigmoid(at_least_float32(self.decay(x))) / 16
+        q, k, v, log_a = (split_heads(p, self.heads) for p in (q, k, v, log_a))
+        return q * self.width ** -0.5, k, v, log_a, None, gate
+
+    def readout(self, y, gate):
+        return merge_heads(self.norm(y)) * F.silu(gate)
+
+
+class RWKV5(GatedLinearRecurrence):
+    """
+    Tokens mixed with the one before; a = exp(-exp(w)) a channel, fixed; bonus u for the present
+    token; y = (norm(..) * silu(g)) W_o   (Peng et al. 2024, Eagle, section 4.1).  Args: heads H.
+    """
+
+    token_shift = True
+
+    def __init__(self, dim, max_len, heads=8):
+        super().__init__(dim, heads)
+        ramp = torch.arange(dim) / dim
+        self.mix = nn.Parameter(ramp.repeat(5, 1))          # of x_{t-1} in r, k, v, g (and w in v6)
+        self.r, self.k, self.v, self.g = (linear(dim, dim) for _ in range(4))
+        self.log_rate = nn.Parameter(-6 + 5 * ramp)         # half-lives from 280 tokens to 2
+        self.bonus = nn.Parameter(torch.full((heads, self.width), 0.5))
+        self.norm_weight = nn.Parameter(torch.ones(heads, 1, self.width))
+        self.norm_bias = nn.Parameter(torch.zeros(heads, 1, self.width))
+
+    def mixtures(self, x, before):
+        return x + (before - x) * self.mix[:, None, None].to(x.dtype)         # (5, B, T, D)
+
+    def log_decay(self, x):
+        return -self.log_rate.exp().expand(1, x.shape[-2], -1)                # (1, T, D)
+
+    def project(self, x, before):
+        xr, xk, xv, xg, xw = self.mixtures(x, before)
+        q, k, v, log_a = (split_heads(p, self.heads) for p in
+                          (self.r(xr), self.k(xk), self.v(xv), self.log_decay(xw)))
+        return q * self.width ** -0.5, k, v, log_a, self.bonus, self.g(xg)
+
+    def readout(self, y, gate):
+        y = F.layer_norm(at_least_float32(y), (self.width,), eps=1e-5)        # within each head
+        return merge_heads(y * self.norm_weight + self.norm_bias) * F.silu(gate)
+
+
+class RWKV6(RWKV5):
+    """
+    RWKV-5 whose mixtures and decays depend on the token, each through a low-rank tanh
+    (Peng et al. 2024, Finch, section 4.2).  Args: heads H; ranks of the mixtures and of the decay.
+    """
+
+    def __init__(self, dim, max_len, heads=8, mix_rank=32, decay_rank=64):
+        super().__init__(dim, max_len, heads)
+        self.mix_x = nn.Parameter(torch.arange(dim) / dim)
+        self.mix_down = linear(dim, 5 * mix_rank)
+        self.mix_up = nn.Parameter(torch.randn(5, mix_rank, dim) * 0.01)
+        self.decay_down, self.decay_up = linear(dim, decay_rank), linear(decay_rank, dim)
+
+    def mixtures(self, x, before):
+        past = before - x
+        z = self.mix_down(x + past * self.mix_x.to(x.dtype)).tanh()           # (B, T, 5 rank)
+        z = z.unflatten(-1, (5, -1)).movedim(-2, 0)                           # (5, B, T, rank)
+        mix = self.mix[:, None, None] + z @ self.mix_up[:, None]              # (5, B, T, D)
+        return x + past * mix.to(x.dtype)
+
+    def log_decay(self, x):
+        w = self.log_rate + at_least_float32(self.decay_up(self.decay_down(x).tanh()))
+        return -w.exp()                                                       # (B, T, D)
+
+    def matmul_flops(self, T):
+        return super().matmul_flops(T) + 2 * T * self.mix_up.numel()
+
+
+class Mamba(Layer):
+    """
+    S6 (Gu & Dao 2023, algorithm 2), per channel c and state n:
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,     y_t = C_t . h_t + D x_t
+    with dt, B, C from x_t; between a short convolution and a gate. It mixes tokens and channels.
+
+    Args: expand: inner width over D; state N; kernel: taps; dt_rank.
+    """
+
+    def __init__(self, dim, max_len, expand=2, state=4, kernel=4, dt_rank=8):
+        super().__init__()
+        self.inner, self.state, self.dt_rank = dim * expand, state, dt_rank
+        self.xz, self.out = linear(dim, 2 * self.inner), linear(self.inner, dim)
+        self.short = ShortConv(self.inner, kernel, bias=True)
+        self.dt_B_C = linear(self.inner, dt_rank + 2 * state)
+        self.dt_up = linear(dt_rank, self.inner)
+        # softplus(dt_bias) log-uniform in [0.001, 0.1]: memories of 10 to 1000 tokens.
+        dt = torch.empty(self.inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias = nn.Parameter(dt + (-torch.expm1(-dt)).log())           # inverse softplus
+        nn.init.uniform_(self.dt_up.weight, -dt_rank ** -0.5, dt_rank ** -0.5)
+        self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(self.inner, 1))
+        self.D = nn.Parameter(torch.ones(self.inner))
+
+    def discretize(self, x):
+        """x (.., C) -> a, b (.., C, N) of h = a h + b, and the read-out C (.., 1, N)."""
+        dt, B, C = self.dt_B_C(x).split((self.dt_rank, self.state, self.state), -1)
+        dt = F.softplus(at_least_float32(self.dt_up(dt)) + self.dt_bias)[..., None]   # (.., C, 1)
+        a = (dt * -self.A_log.exp()).exp()
+        return a, dt * at_least_float32(x)[..., None] * B[..., None, :], C[..., None, :]
+
+    def readout(self, h, C, x, z):
+        y = (h * C).sum(-1) + self.D * x                                      # (.., C)
+        return self.out((y * F.silu(z)).to(z.dtype))
+
+    def forward(self, x):
+        x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
+        x = F.silu(self.short(x))
+        a, b, C = self.discretize(x)                                          # (B, T, inner, N)
+        return self.readout(linear_scan(a, b), C, x, z)
+
+    def init_state(self, batch, device=None, dtype=None):
+        h = torch.zeros(batch, self.inner, self.state, device=device, dtype=dtype)
+        return self.short.init_state(batch, device, dtype), h
+
+    def step(self, x, state):
+        tail, h = state
+        x, z = self.xz(x).chunk(2, -1)                                        # (B, inner)
+        x, tail = self.short.step(x, tail)
+        x = F.silu(x)
+        a, b, C = self.discretize(x)
+        h = a * h + b
+        return self.readout(h, C, x, z), (tail, h)
+
+    def mixing_flops(self, T):
+        """Short convolution 2 a tap; discretisation 3, recurrence 2 and read-out 2 a state."""
+        return T * self.inner * (2 * len(self.short.taps) + 7 * self.state + 4)
+
+    def nominal(self, T):
+        return self.inner * self.state
+
+
+# =================================================================================================
+# Channel mixers: each token by itself (RWKV's also sees the one before)
+# =================================================================================================
+
+
+class MLP(Layer):
+    """y = gelu(x W_1) W_2.  Args: expand: inner width over D."""
+
+    def __init__(self, dim, max_len, expand=4):
+        super().__init__()
+        self.up, self.down = linear(dim, expand * dim), linear(expand * dim, dim)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class SwiGLU(Layer):
+    """y = (silu(x W_1) * x W_2) W_3 (Shazeer 2020). Inner width 352 as in mad-lab (paper: 512)."""
+
+    def __init__(self, dim, max_len, inner=None):
+        super().__init__()
+        inner = inner or 11 * dim // 4                    # 352 at D = 128
+        self.up, self.down = linear(dim, 2 * inner), linear(inner, dim)
+
+    def forward(self, x):
+        gate, x = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * x)
+
+
+class Router(nn.Module):
+    """
+    The top_k experts of a token, weighted by a softmax over those alone. mad-lab zeroes the others
+    *before* its softmax, where 0 is a vote like any other: all 8 experts stay on.
+    """
+
+    def __init__(self, dim, experts, top_k):
+        super().__init__()
+        self.experts, self.top_k, self.score = experts, top_k, linear(dim, experts)
+
+    def forward(self, x):                                                     # (.., D)
+        best, chosen = at_least_float32(self.score(x)).topk(self.top_k, -1)
+        return best.softmax(-1), chosen                                       # (.., top_k) both
+
+
+def expert_glu_reference(x, weight, chosen, w_in, w_out):
+    """
+    The definition. x (n, D), weight and chosen (n, k), w_in (E, D, 2W), w_out (E, W, D) -> (n, D):
+    y = sum over the chosen e of weight_e (gelu(x W_e1) * x W_e2) W_e3.
+    """
+    y = torch.zeros_like(x, dtype=weight.dtype)
+    for e in range(len(w_in)):
+        gate, up = (x @ w_in[e]).chunk(2, -1)
+        share = (weight * (chosen == e)).sum(-1, keepdim=True)                # (n, 1)
+        y = y + share * ((F.gelu(gate) * up) @ w_out[e])
+    return y
+
+
+@defined_by(expert_glu_reference)
+def expert_glu(x, weight, chosen, w_in, w_out, block=128):
+    """
+    The same, computing only chosen experts. Tokens are laid out by expert, each expert's share
+    padded to whole blocks, so that shapes do not depend on the routing and every block is one
+    product with the weights of its owner (the layout of MegaBlocks, Gale et al. 2022).
+    """
+    (n, D), k, E = x.shape, chosen.shape[1], len(w_in)
+    block = max(1, min(block, n * k // E))
+    mine = F.one_hot(chosen.flatten(), E)                                     # (n k, E)
+    rank = (mine.cumsum(0) * mine).sum(-1) - 1          # place of an assignment within its expert
+    room = (mine.sum(0) + block - 1) // block * block                         # (E,) padded counts
+    slot = (room.cumsum(0) - room)[chosen.flatten()] + rank                   # (n k,)
+    blocks = -(-n * k // block) + E
+    owner = (torch.arange(blocks, device=x.device)[:, None] * block >= room.cumsum(0)).sum(-1)
+    owner = owner.clamp(max=E - 1)                                            # (blocks,)
+    rows = x.new_zeros(blocks * block, D).index_copy(0, slot, x.repeat_interleave(k, 0))
+    gate, up = (rows.view(blocks, block, D) @ w_in[owner]).chunk(2, -1)
+    y = ((F.gelu(gate) * up) @ w_out[owner]).flatten(0, 1)[slot]              # (n k, D)
+    return (y.view(n, k, D) * weight[..., None]).sum(1)
+
+
+class MoE(Layer):
+    """
+    Mixture of small GEGLU experts, top_k of them a token.
+    Args: experts E; width W of an expert; top_k.
+    """
+
+    def __init__(self, dim, max_len, experts=8, width=16, top_k=2):
+        super().__init__()
+        self.router = Router(dim, experts, top_k)
+        self.w_in = Experts(experts, dim, 2 * width)
+        self.w_out = Experts(experts, width, dim)
+
+    def forward(self, x):                                                     # (.., D)
+        flat = x.flatten(0, -2)
+        weight, chosen = self.router(flat)
+        y = expert_glu(flat, weight, chosen, self.w_in.weight, self.w_out.weight)
+        return y.to(x.dtype).view(x.shape)
+
+    def step(self, x, state):
+        return self(x), state
+
+    def matmul_flops(self, T):
+        """Of the chosen experts only."""
+        share = self.router.top_k / self.router.experts
+        experts = self.w_in.weight.numel() + self.w_out.weight.numel()
+        return super().matmul_flops(T) + int(2 * T * share * experts)
+
+
+class Experts(nn.Module):
+    """E matrices side by side, each at nn.Linear's scale."""
+
+    def __init__(self, experts, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, inputs, outputs)
+                                   .uniform_(-1, 1) / inputs ** 0.5)
+
+
+class RWKVChannelMixer(Layer):
+    """
+    y = sigmoid(x_r W_r) * relu(x_k W_k)^2 W_v, x_r and x_k mixed with the token before.
+    RWKV-5 writes the mixture as m x_t + (1 - m) x_{t-1}, RWKV-6 as x_t + m (x_{t-1} - x_t): one
+    function, two names in the table. (Peng et al. 2024.)  Args: inner width.
+    """
+
+    def __init__(self, dim, max_len, inner=None):
+        super().__init__()
+        inner = inner or 4 * dim
+        self.dim, self.mix = dim, nn.Parameter((torch.arange(dim) / dim).repeat(2, 1))
+        self.r, self.k, self.v = linear(dim, dim), linear(dim, inner), linear(inner, dim)
+
+    def forward(self, x):
+        return self.mixed(x, token_shift(x))
+
+    def mixed(self, x, before):
+        xr, xk = x + (before - x) * self.mix.view(2, *[1] * (x.ndim - 1), -1).to(x.dtype)
+        return self.r(xr).sigmoid() * self.v(self.k(xk).relu().square())
+
+    def init_state(self, batch, device=None, dtype=None):
+        return torch.zeros(batch, self.dim, device=device, dtype=dtype)
+
+    def step(self, x, before):
+        return self.mixed(x, before), x
+
+    def nominal(self, T):
+        return self.dim
+
+
+# =================================================================================================
+# The table, with the paper's settings at width 128 (mad.md: total state 4096 in two blocks)
+# =================================================================================================
+
+LAYERS = {
+    "attention": (Attention, dict(heads=1)),
+    "mh-attention": (Attention, dict(heads=16)),
+    "sliding-attention": (Attention, dict(heads=1, window=32)),
+    "mh-sliding-attention": (Attention, dict(heads=16, window=32)),
+    "hyena": (Hyena, dict(expand=4, kernel=3, order=4)),
+    "mh-hyena": (MultiHeadHyena, dict(heads=16, kernel=3, order=2)),
+    "hyena-experts": (HyenaExperts, dict(experts=8, width=16, top_k=2, order=16)),
+    "linear-attention": (LinearAttention, dict(heads=1)),
+    "mh-linear-attention": (LinearAttention, dict(heads=16)),
+    "gated-linear-attention": (GatedLinearAttention, dict(heads=1, rank=16)),
+    "mh-gated-linear-attention": (GatedLinearAttention, dict(heads=8, rank=16)),
+    "rwkv5-time-mixer": (RWKV5, dict(heads=8)),
+    "rwkv6-time-mixer": (RWKV6, dict(heads=8)),
+    "mamba": (Mamba, dict(expand=2, state=4, kernel=4, dt_rank=8)),
+    "mlp": (MLP, dict(expand=4)),
+    "swiglu": (SwiGLU, dict()),
+    "moe-mlp": (MoE, dict(experts=8, width=16, top_k=2)),
+    "rwkv5-channel-mixer": (RWKVChannelMixer, dict()),
+    "rwkv6-channel-mixer": (RWKVChannelMixer, dict()),
+}
+
+
+def build_layer(name, dim, max_len, **overrides):
+    """The layer of that name in LAYERS, with its MAD settings or the given ones instead."""
+    if name not in LAYERS:
+        close = difflib.get_close_matches(name, LAYERS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown layer {name!r}{hint} The layers are: {', '.join(LAYERS)}")
+    cls, settings = LAYERS[name]
+    allowed = list(inspect.signature(cls.__init__).parameters)[3:]
+    for key in overrides:
+        if key not in allowed:
+            raise ValueError(f"{name} has no setting {key!r}; it has: {', '.join(allowed)}")
+    return cls(dim, max_len, **{**settings, **overrides})

@@ -1,0 +1,1075 @@
+"""
+What small runs say about large ones: scaling laws fitted to a table of training runs.
+
+A run is a row of a CSV: N, D, loss, and optionally C, arch, state. From runs at a few budgets this
+file finds the best size for each budget, the law that the loss follows, how far to trust both, and
+whether MAD scores rank architectures as their compute-optimal losses do (section 4 of the MAD
+paper, arXiv 2403.17844). It needs numpy alone, and matplotlib to plot. Its letters (in the other
+files some mean other things):
+
+  N  parameters                     L  loss, nats a token    a, b   N* ~ C^a, D* ~ C^b
+  D  training tokens                P  perplexity, exp(L)    E, A, B, alpha, beta:
+  C  training FLOPs, 6ND by default M  total state               L = E + A/N^alpha + B/D^beta
+  *  at the best size for a budget  S  problems solved together (resamples, starting points)
+
+Three ways to the optimum, since each fails in its own manner:
+
+  isoflop              A parabola of L in log N at each budget; its minimum is the optimum
+                       (approach 2 of Hoffmann et al. 2022, arXiv 2203.15556). Assumes no law,
+                       but is biased: a loss curve is lopsided (arXiv 2603.22339; `parabola_bias`).
+  parametric           The law above by Huber loss on log L (their approach 3). Bears outliers.
+  variable_projection  The law above by least squares on L: E, A and B are solved exactly inside,
+                       only alpha and beta are searched (Golub and Pereyra 1973).
+
+Intervals are 95% bootstrap percentiles over resampled runs. What the runs cannot tell is refused
+(FitError) or flagged: read the flags before the numbers.
+
+  python scaling.py fit runs.csv                           a report: 3 s for 20 runs, 25 s for 240
+  python scaling.py fit runs.csv --json --target 1e21      the same as one JSON object
+  python scaling.py compare --mad mad.json --runs runs.csv
+  python scaling.py plot runs.csv --out scaling.png
+"""
+import argparse
+import csv
+import itertools
+import json
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+
+import numpy as np
+
+HUBER = 1e-3          # residuals of log L beyond it count linearly, not squared (Hoffmann et al.)
+LAW = ("E", "A", "B", "alpha", "beta")
+# glibc returns large buffers to the system and gets them back, zeroed, at every step, which costs
+# more than the arithmetic. Once it has freed one of 31 MB it keeps the smaller ones: 22 s become 6.
+np.empty(31 << 20, np.uint8)
+
+
+class FitError(ValueError):
+    """These runs cannot answer the question; the message says why, in one line."""
+
+
+def attempt(fit, *args, **options):
+    """fit(...), or {"refused": why}: one method's refusal must not hide the others' answers."""
+    try:
+        return fit(*args, **options)
+    except FitError as error:
+        return {"refused": str(error)}
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass
+class Runs:
+    """The usable runs, float64 (n,) each."""
+    N: np.ndarray
+    D: np.ndarray
+    loss: np.ndarray
+    C: np.ndarray
+    state: np.ndarray     # NaN where unknown
+    dropped: dict         # column -> how many rows it spoiled
+
+    def take(self, mask):
+        return Runs(*(getattr(self, f.name)[mask] for f in fields(self)[:-1]), self.dropped)
+
+
+def clean(N, D, loss, C=None, state=None):
+    """Runs without the rows whose N, D, loss or C is missing, infinite or not positive."""
+    N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
+    C = 6 * N * D if C is None and N.shape == D.shape else np.asarray(C, np.float64)
+    state = N * np.nan if state is None else np.asarray(state, np.float64)
+    if N.ndim != 1 or not N.shape == D.shape == loss.shape == C.shape == state.shape:
+        raise FitError(f"N {N.shape}, D {D.shape}, loss {loss.shape} must be columns of one length")
+    keep, dropped = np.ones(len(N), bool), {}
+    for name, v in dict(N=N, D=D, loss=loss, C=C).items():
+        bad = keep & ~(np.isfinite(v) & (v > 0))
+        keep &= ~bad
+        dropped |= {name: int(bad.sum())} if bad.any() else {}
+    if not keep.any():
+        raise FitError(f"no usable run in {len(keep)} rows (rows dropped by column: {dropped})")
+    return Runs(*(v[keep] for v in (N, D, loss, C, state)), dropped)
+
+
+def distinct(values):
+    """Number of different values; those within about 1% of each other are one."""
+    return len(np.unique(np.round(100 * np.log(values))))
+
+
+def data_flags(runs):
+    flags = [f"{k} rows dropped: {name} is missing, infinite or not positive"
+             for name, k in runs.dropped.items()]
+    twins = len(runs.N) - np.unique([runs.N, runs.D, runs.loss], axis=1).shape[1]
+    if twins:
+        flags.append(f"{twins} rows repeat another exactly: they count twice, intervals too narrow")
+    ratio = runs.C / (6 * runs.N * runs.D)
+    if np.abs(ratio - 1).max() > 1e-3:
+        flags.append(f"C is {ratio.min():.3g} to {ratio.max():.3g} times 6ND: a + b need not be 1")
+    return flags
+
+
+def group_budgets(C):
+    """Label of each run and budget of each group (G,); a group lies within 10% of its middle."""
+    label, budgets, order = np.zeros(len(C), int), [], np.argsort(C)
+    starts = [0]
+    for i in range(len(C)):
+        if C[order[i]] > 1.1 ** 2 * C[order[starts[-1]]] * (1 + 1e-9):
+            starts.append(i)
+    for g, members in enumerate(np.split(order, starts[1:])):
+        label[members] = g
+        budgets.append(np.exp(np.log(C[members]).mean()))
+    return label, np.array(budgets)
+
+
+# -------------------------------------------------------------------------------------------------
+# Bootstrap, lines, ranks
+
+
+def resample(n, count, seed, strata=None):
+    """How often each of n runs is drawn in each resample: (count, n). Strata keep their sizes."""
+    rng, weights = np.random.default_rng(seed), np.zeros((count, n))
+    strata = np.zeros(n) if strata is None else strata
+    for s in np.unique(strata):
+        i = np.flatnonzero(strata == s)
+        weights[:, i] = rng.multinomial(len(i), np.full(len(i), 1 / len(i)), count)
+    return weights
+
+
+def interval(draws):
+    """[low, high] of the middle 95% of the finite draws; NaN when fewer than 20 are finite."""
+    good = draws[np.isfinite(draws)]
+    return np.percentile(good, [2.5, 97.5]).tolist() if len(good) >= 20 else [np.nan, np.nan]
+
+
+def means(v, w):
+    """Weighted means of the rows, (S, n) -> (S, 1)."""
+    return (w * v).sum(1, keepdims=True) / np.maximum(w.sum(1, keepdims=True), 1e-300)
+
+
+def fit_lines(x, y, w):
+    """Least-squares lines y = i + s x, one a row of (S, n) -> i, s (S,); NaN for constant x."""
+    x, y = np.where(w > 0, x, 0), np.where(w > 0, y, 0)
+    dx = x - means(x, w)
+    square = (w * dx * dx).sum(1)
+    slope = (w * dx * y).sum(1) / np.where(square > 1e-9, square, np.nan)
+    return means(y, w)[:, 0] - slope * means(x, w)[:, 0], slope
+
+
+@dataclass
+class PowerLaw:
+    """y = k x^c, with 95% intervals of k and c. residuals: log y less the line, usable points."""
+    k: float
+    c: float
+    intervals: dict
+    failed: int           # resamples with a single x
+    flags: list
+    residuals: np.ndarray = field(repr=False)
+    draws: dict = field(repr=False)
+
+
+def fit_power_law(x, y, bootstrap=1000, seed=0):
+    """
+    y = k x^c: least squares in logs.
+
+    x, y: (n,), positive; other points are dropped and flagged. Raises FitError for fewer than two
+    different x.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.shape != y.shape or x.ndim != 1:
+        raise FitError(f"x {x.shape} and y {y.shape} must be columns of one length")
+    keep = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
+    if not keep.any() or distinct(x[keep]) < 2:
+        raise FitError("a power law needs two different x with positive y")
+    lx, ly, n = np.log(x[keep])[None], np.log(y[keep])[None], int(keep.sum())
+    i, s = fit_lines(lx, ly, np.vstack([np.ones(n), resample(n, bootstrap, seed)]))
+    flags = [f"{len(x) - n} points dropped: missing, infinite or not positive"] * (n < len(x))
+    flags += ["two x: the line passes through both, nothing checks it"] * (distinct(x[keep]) == 2)
+    draws = dict(k=np.exp(i[1:]), c=s[1:])
+    return PowerLaw(float(np.exp(i[0])), float(s[0]), {q: interval(v) for q, v in draws.items()},
+                    int(np.isnan(s[1:]).sum()), flags, (ly - i[0] - s[0] * lx)[0], draws)
+
+
+def ranks(x):
+    """Ranks less their mean, ties sharing their average: (n,) -> (n,)."""
+    below, upto = (x < x[:, None]).sum(1), (x <= x[:, None]).sum(1)
+    return (below + upto - len(x)) / 2
+
+
+@dataclass
+class RankCorrelation:
+    rho: float
+    p: float              # two-sided: the share of orderings with at least this |rho|
+    n: int
+
+
+def rank_correlation(x, y, permutations=9999, seed=0):
+    """
+    Spearman's correlation of x and y, (n,) each, with a permutation p-value.
+
+    Up to n = 8 every ordering is counted. Beyond, random ones and the observed one (the + 1), so
+    that p is never 0. Raises FitError for n < 3, values not finite, or a constant column.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.shape != y.shape or x.ndim != 1 or len(x) < 3:
+        raise FitError("a rank correlation needs two columns of one length, at least 3")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise FitError("a rank correlation needs finite values")
+    rx, ry, n = ranks(x), ranks(y), len(x)
+    norm = np.sqrt((rx @ rx) * (ry @ ry))
+    if norm == 0:
+        raise FitError("a constant column has no rank correlation")
+    others = (np.array(list(itertools.permutations(rx))) if n <= 8 else
+              np.random.default_rng(seed).permuted(np.tile(rx, (permutations, 1)), axis=1))
+    extreme = (np.abs(others @ ry) >= np.abs(rx @ ry) - 1e-9).sum() + (n > 8)
+    return RankCorrelation(float(rx @ ry / norm), float(extreme / (len(others) + (n > 8))), n)
+
+
+
+@dataclass
+class Fit:
+    """
+    What all fits report. target: a budget C, its distance in decades (log10) beyond the largest one
+    used, and N, D, loss, tokens_per_parameter of the optimum there. intervals: name -> [low, high],
+    the target's included. draws: name -> (bootstrap,), one index being one resample in all of them.
+    failed: resamples without an optimum (NaN in draws). residuals: of the usable runs, (n,).
+    """
+    target: dict
+    intervals: dict
+    failed: int
+    flags: list
+    residuals: np.ndarray = field(repr=False)
+    draws: dict = field(repr=False)
+
+
+def summarise(rows, C, largest, flags, residuals):
+    """Estimates and the fields of Fit from rows: name -> (1 + bootstrap,), the estimate first."""
+    rows["tokens_per_parameter"] = rows["D"] / rows["N"]
+    failed = ~np.isfinite(rows["N"][1:])
+    draws = {k: np.where(failed, np.nan, v[1:]) for k, v in rows.items()}
+    first = {k: float(v[0]) for k, v in rows.items()}
+    goal = {k: first.pop(k) for k in ("N", "D", "loss", "tokens_per_parameter")}
+    if failed.sum() > 0.05 * len(failed):
+        flags.append(f"{failed.sum()} of {len(failed)} resamples failed: intervals are too narrow")
+    return first, dict(target=dict(C=float(C), decades=float(np.log10(C / largest)), **goal),
+                       intervals={k: interval(v) for k, v in draws.items()},
+                       failed=int(failed.sum()), flags=flags, residuals=residuals, draws=draws)
+
+
+# -------------------------------------------------------------------------------------------------
+# IsoFLOP parabolas: L = L* + curvature (log N - log N*)^2 at one budget
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def parabola(runs, w):
+    """
+    The parabola of one budget's runs for each weighting w (S, n).
+
+    Returns the optima, a dict of (S,) arrays (logN, logD, loss, logM, curvature), NaN where there
+    is none; why row 0 has none, or ""; and row 0's residuals (n,).
+    """
+    x = np.log(runs.N)
+    middle, half = (x.max() + x.min()) / 2, max(np.ptp(x) / 2, 1e-9)
+    u = (x - middle) / half                                          # in [-1, 1]: well conditioned
+    basis = np.stack([u ** 0, u, u ** 2])                            # (3, n)
+    size = np.round(100 * x)
+    left = (w @ (size[:, None] == np.unique(size)) > 0).sum(1)       # different sizes drawn, (S,)
+    # log(C / ND), not log D: it is constant at 6ND, and then D* = C / 6N* holds exactly.
+    columns = np.stack([runs.loss, np.log(runs.C / (runs.N * runs.D)), np.log(runs.state)], 1)
+    gram = (basis * w[:, None]) @ basis.T                            # (S, 3, 3)
+    gram[left < 3] = np.eye(3)
+    q = np.linalg.solve(gram, (basis * w[:, None]) @ columns)        # (S, power, column)
+    bent = q[:, 2, 0] > 1e-9 * runs.loss.mean()
+    top = -q[:, 1, 0] / np.where(bent, 2 * q[:, 2, 0], np.nan)       # the vertex, in u
+    loss, logk, logM = np.einsum("ks,skc->cs", [top ** 0, top, top ** 2], q)
+    logN = middle + half * top
+    optima = dict(logN=logN, logD=np.log(runs.C).mean() - logk - logN, loss=loss, logM=logM,
+                  curvature=q[:, 2, 0] / half ** 2)                  # nats per (ln N)^2
+    ok = (left >= 3) & bent & (np.abs(top) < 1)
+    why = ("" if ok[0] else f"{left[0]} different sizes, a parabola needs 3" if left[0] < 3 else
+           "curvature not positive, no minimum" if not bent[0] else "all runs on one side of the "
+           f"optimum, which lies {'below' if top[0] < 0 else 'above'} the sampled sizes")
+    residuals = runs.loss - basis.T @ q[0, :, 0] if left[0] >= 3 else x * np.nan
+    return {k: np.where(ok, v, np.nan) for k, v in optima.items()}, why, residuals
+
+
+@dataclass
+class IsoflopFit(Fit):
+    """
+    N* ~ C^a, D* ~ C^b, L* ~ C^-loss_exponent. parabolas: a dict a budget, with a flag where it was
+    left out. optima: name -> (1 + bootstrap, budgets), the vertices of the runs, then of each
+    resample. residuals are those of the parabolas, in nats.
+    """
+    a: float
+    b: float
+    loss_exponent: float
+    parabolas: list
+    optima: dict = field(repr=False)
+    logs: dict = field(repr=False)     # N, D, loss -> (intercept, slope) of their lines in log C
+
+    def optimum(self, C):
+        """(N*, D*, L*) at a budget of C FLOPs."""
+        return tuple(np.exp(i + s * np.log(C)) for i, s in self.logs.values())
+
+
+def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, seed=0):
+    """
+    Compute-optimal size, tokens and loss as power laws in C, from one parabola a budget.
+
+    N, D, loss, C (FLOPs; 6ND if None), state: (n,). target: the budget to predict (the largest one
+    if None). Budgets were chosen, not sampled, so resamples draw within them. Raises FitError when
+    fewer than two budgets have a usable optimum. Hoffmann et al. 2022, section 3.2.
+    """
+    runs = clean(N, D, loss, C, state)
+    label, budgets = group_budgets(runs.C)
+    w = np.vstack([np.ones(len(label)), resample(len(label), bootstrap, seed, label)])
+    found, table, residuals = [], [], np.empty(len(label))
+    for g, budget in enumerate(budgets):
+        one = runs.take(label == g)
+        top, flag, residuals[label == g] = parabola(one, w[:, label == g])
+        found.append(top)
+        table.append(dict(C=float(budget), runs=len(one.N), sizes=distinct(one.N),
+                          N=float(np.exp(top["logN"][0])), D=float(np.exp(top["logD"][0])),
+                          loss=float(top["loss"][0]), curvature=float(top["curvature"][0]),
+                          N_sampled=[float(one.N.min()), float(one.N.max())], flag=flag))
+    optima = {k: np.stack([f[k] for f in found], 1) for k in found[0]}
+    used = [p["C"] for p in table if not p["flag"]]
+    if len(used) < 2:
+        why = "; ".join(f"{p['C']:.3g} FLOPs: {p['flag']}" for p in table[:4] if p["flag"])
+        raise FitError(f"power laws need two budgets with a usable optimum, here {len(used)} of "
+                       f"{len(table)}" + why.join([" (", ")"]) * bool(why))
+    flags = data_flags(runs) + isoflop_flags(table, used, runs.C, label)
+    C = target or budgets[-1]
+    ok = np.isfinite(optima["loss"]).astype(float)                   # (1 + bootstrap, budgets)
+    logC = np.broadcast_to(np.log(budgets), ok.shape)
+    logs = dict(N=fit_lines(logC, optima["logN"], ok), D=fit_lines(logC, optima["logD"], ok),
+                loss=fit_lines(logC, np.log(optima["loss"]), ok))
+    rows = dict(a=logs["N"][1], b=logs["D"][1], loss_exponent=-logs["loss"][1])
+    rows |= {k: np.exp(i + s * np.log(C)) for k, (i, s) in logs.items()}
+    first, common = summarise(rows, C, max(used), flags, residuals)
+    if abs(first["a"] + first["b"] - 1) > 0.01:
+        flags.append(f"a + b is {first['a'] + first['b']:.3f}, not 1")
+    return IsoflopFit(**first, **common, parabolas=table, optima=optima,
+                      logs={k: (i[0], s[0]) for k, (i, s) in logs.items()})
+
+
+def isoflop_flags(table, used, C, label):
+    flags = [f"budget {p['C']:.3g} left out: {p['flag']}" for p in table if p["flag"]]
+    if len(used) == 2:
+        flags.append("two budgets: the power laws pass through both, nothing checks them")
+    spread = max(np.ptp(np.log(C[label == g])) for g in set(label))
+    if spread > 0.03:
+        flags.append(f"budgets in a group differ by up to {100 * spread:.0f}%: not corrected")
+    return flags
+
+
+# -------------------------------------------------------------------------------------------------
+# Many small minimisations at once
+
+
+def minimise(objective, theta, w, rounds=100, tol=1e-10):
+    """
+    Levenberg-Marquardt on S problems together, each with its own damping.
+
+    objective(theta (S, P), w (S or 1, n)) -> value (S,), gradient (S, P), curvature (S, P, P). A
+    problem leaves after two steps that gain less than tol of its value, or when no step gains.
+    Returns theta (S, P), value (S,).
+    """
+    w = np.broadcast_to(w, (len(theta), w.shape[1]))
+    block = max(1, 30_000 // w.shape[1])                             # larger ones leave the cache
+    parts = [_minimise(objective, theta[i:i + block], w[i:i + block], rounds, tol)
+             for i in range(0, len(theta), block)]
+    return tuple(np.concatenate(p) for p in zip(*parts))
+
+
+def _minimise(objective, theta, w, rounds, tol):
+    theta, live, diagonal = theta.copy(), np.arange(len(theta)), np.arange(theta.shape[1])
+    v, g, H = objective(theta, w)
+    value, damping, idle = v.copy(), np.full(len(v), 1e-2), np.zeros(len(v), int)
+    for _ in range(rounds):
+        size, damped = np.abs(H[:, diagonal, diagonal]), H.copy()
+        floor = 1e-9 * size.max(1, keepdims=True) + 1e-30
+        damped[:, diagonal, diagonal] += damping[:, None] * np.maximum(size, floor)
+        trial = theta[live] - np.linalg.solve(damped, g[..., None])[..., 0].clip(-5, 5)
+        v2, g2, H2 = objective(trial, w[live])
+        better = v2 < v                                              # False for NaN
+        idle = np.where(better, np.where(v - v2 < tol * v, idle + 1, 0), idle)
+        theta[live[better]], g[better], H[better] = trial[better], g2[better], H2[better]
+        value[live] = v = np.where(better, v2, v)
+        damping = np.maximum(damping * np.where(better, 0.2, 5), 1e-10)   # never singular
+        stay = (idle < 2) & (damping < 1e10)
+        live, v, g, H, damping, idle = (q[stay] for q in (live, v, g, H, damping, idle))
+        if not len(live):
+            break
+    return theta, value
+
+
+# -------------------------------------------------------------------------------------------------
+# The law L = E + A/N^alpha + B/D^beta, twice. Both objectives work on centred logs
+#   x = log N - mean, y = log D - mean
+# since log A and alpha are all but collinear otherwise. Parameters come as (a, b, e, alpha, beta):
+# the logs of A, B, E at the centre, and the exponents. TERM: which of the three terms each is in.
+
+TERM = np.array([0, 1, 2, 0, 1])
+SAME = TERM[:, None] == TERM                                         # (5, 5)
+
+
+class Huber:
+    """
+    sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
+
+    The sum, not the mean, as in published fits. Hoffmann et al. 2022, equation 3.
+    """
+    # Resamples start here, relative to the best optimum: a resample may have another one.
+    nearby = np.array([[0, 0, 0, 0, 0], [0, 0, -1, -.1, -.1], [0, 0, .1, .2, .2]])
+
+    def __init__(self, runs):
+        x, y = np.log(runs.N), np.log(runs.D)
+        self.middle = np.array([x.mean(), y.mean()])
+        one = np.ones_like(x)
+        # The derivative of each parameter's own exponent.
+        self.lift = np.stack([one, one, one, self.middle[0] - x, self.middle[1] - y])   # (5, n)
+        self.loss = runs.loss
+
+    def starts(self):
+        """The 4,500 points of Hoffmann et al. 2022, moved to centred logs: (4500, 5)."""
+        scale, exponent = np.arange(0, 30, 5.0), np.arange(0, 2.5, 0.5)
+        theta = np.array(list(itertools.product(scale, scale, exponent - 1, exponent, exponent)))
+        theta[:, :2] -= theta[:, 3:] * self.middle
+        return theta
+
+    def search(self, w):
+        """Every start, in two stages: reweighted least squares, sure to descend from anywhere (the
+        true curvature of an almost absolute loss says little far away), then Newton, exact."""
+        theta, _ = minimise(lambda t, w: self(t, w, newton=False), self.starts(), w, tol=1e-6)
+        return minimise(self, theta, w)
+
+    def __call__(self, theta, w, newton=True):
+        z = np.stack([theta[:, :1] + theta[:, 3:4] * self.lift[3],
+                      theta[:, 1:2] + theta[:, 4:] * self.lift[4], theta[:, 2:3] * self.lift[2]], 1)
+        top = z.max(1, keepdims=True)
+        share = np.exp(z - top)                                      # (S, 3, n)
+        total = share.sum(1, keepdims=True)
+        share /= total                                               # of each term in L
+        r = (np.log(total) + top)[:, 0] - np.log(self.loss)          # (S, n)
+        size = np.abs(r)
+        small = np.minimum(size, HUBER)
+        value = (w * small * (size - small / 2)).sum(1)
+        J = share[:, TERM] * self.lift                               # d r / d theta, (S, 5, n)
+        psi = w * r.clip(-HUBER, HUBER)                              # d huber / d r
+        pull = J * psi[:, None]
+        if not newton:
+            k = w * HUBER / np.maximum(size, HUBER)
+            return value, pull.sum(2), (J * k[:, None]) @ J.transpose(0, 2, 1)
+        # The Hessian of logsumexp is diag(share) - share share^T, in each parameter's own exponent.
+        k = w * (size < HUBER) - psi
+        H = (J * k[:, None]) @ J.transpose(0, 2, 1) + SAME * (pull @ self.lift.T)
+        return value, pull.sum(2), H
+
+    def law(self, theta, w):
+        """(E, A, B, alpha, beta) in the runs' own units: (S, 5)."""
+        a, b = (theta[:, :2] + theta[:, 3:] * self.middle).T
+        return np.stack([*np.exp([theta[:, 2], a, b]), theta[:, 3], theta[:, 4]], 1)
+
+
+class Projection(Huber):
+    """
+    min over E, A, B >= 0 of sum_i w_i r_i^2 / 2,   r = E + A exp(-alpha x) + B exp(-beta y) - L
+
+    theta = (log alpha, log beta), which keeps the exponents positive.
+    """
+    nearby = np.array([[0, 0], [-.4, -.4], [.4, .4]])
+    SETS = [np.array(s) for s in sorted(itertools.product([1., 0.], repeat=3), key=sum)[:0:-1]]
+
+    def starts(self):
+        return np.array(list(itertools.product(np.log(np.geomspace(0.03, 3, 12)), repeat=2)))
+
+    def search(self, w):
+        return minimise(self, self.starts(), w)
+
+    def inner(self, theta, w):
+        """The terms at coefficient 1, (S, 3, n), and the best coefficients A, B, E, (S, 3)."""
+        rate = np.exp(theta)
+        phi = np.exp(np.stack([rate[:, :1] * self.lift[3], rate[:, 1:] * self.lift[4],
+                               np.zeros((len(rate), len(self.loss)))], 1))
+        weighted = phi * w[:, None]
+        gram, moment = weighted @ phi.transpose(0, 2, 1), weighted @ self.loss
+        norm = np.sqrt(gram[:, range(3), range(3)])
+        gram = gram / (norm[:, :, None] * norm[:, None]) + 1e-14 * np.eye(3)
+        moment = moment / norm
+        # Non-negative least squares, exactly: solve on each set of terms, the full set first, and
+        # of the feasible solutions keep the one that explains the most.
+        best, c = np.full(len(rate), -np.inf), np.zeros((len(rate), 3))
+        for on in self.SETS:
+            square = gram * np.outer(on, on) + np.diag(1 - on)
+            trial = np.linalg.solve(square, (moment * on)[..., None])[..., 0]
+            gain = np.where((trial >= 0).all(1), (trial * moment).sum(1), -np.inf)
+            win = gain > best
+            best[win], c[win] = gain[win], trial[win]
+        return phi, c / norm
+
+    def __call__(self, theta, w):
+        phi, c = self.inner(theta, w)
+        terms = phi * c[..., None]
+        r = terms.sum(1) - self.loss
+        outer = terms[:, :2] * self.lift[3:] * np.exp(theta)[..., None]   # d r / d theta, (S, 2, n)
+        J = np.concatenate([phi * (c > 0)[..., None], outer], 1)          # (S, 5, n)
+        H = (J * w[:, None]) @ J.transpose(0, 2, 1)
+        H[:, range(3), range(3)] = H[:, range(3), range(3)] * (1 + 1e-13) + (c <= 0)
+        # E, A and B follow: what is left is the Schur complement. Being optimal, they add nothing
+        # to the gradient (Kaufman 1975).
+        cross = H[:, :3, 3:]
+        H = H[:, 3:, 3:] - cross.transpose(0, 2, 1) @ np.linalg.solve(H[:, :3, :3], cross)
+        return (w * r * r).sum(1) / 2, (outer * (w * r)[:, None]).sum(2), H
+
+    def law(self, theta, w):
+        rate, (_, c) = np.exp(theta), self.inner(theta, w)
+        return np.stack([c[:, 2], *(c[:, :2] * np.exp(rate * self.middle)).T, *rate.T], 1)
+
+
+def cost_rule(runs):
+    """(k, p) of C = k N^p D, by least squares in logs; (6, 1) where C is 6ND."""
+    i, s = fit_lines(np.log(runs.N)[None], np.log(runs.C / runs.D)[None], np.ones((1, len(runs.N))))
+    return round(float(np.exp(i[0])), 9), round(float(s[0]), 9)
+
+
+def optimum(law, C, rule=(6.0, 1.0)):
+    """
+    N*, D*, L* (S,) of laws (S, 5), the least loss on C = k N^p D, where alpha A / N^alpha =
+    p beta B / D^beta. NaN without positive A, B, alpha and beta: then there is no optimum.
+    """
+    (E, A, B, alpha, beta), (k, p) = np.where((law[:, 1:] > 0).all(1), law.T, np.nan), rule
+    logN = (np.log(alpha * A / (p * beta * B)) + beta * np.log(C / k)) / (alpha + p * beta)
+    N, D = np.exp(logN), C / k * np.exp(-p * logN)
+    return N, D, E + A / N ** alpha + B / D ** beta
+
+
+@dataclass
+class LawFit(Fit):
+    """
+    L = E + A/N^alpha + B/D^beta, and its N* ~ C^a, D* ~ C^b.
+
+    objective: sum of Huber losses of log L. rss: sum of squared residuals of L. reached: share of
+    the starts that ended at this optimum. rule: (k, p) of C = k N^p D. influence: the five largest
+    residuals, and the law without each. residuals are of log L.
+    """
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    a: float
+    b: float
+    objective: float
+    rss: float
+    reached: float
+    rule: tuple
+    influence: list
+
+    def loss(self, N, D):
+        return self.E + self.A / N ** self.alpha + self.B / D ** self.beta
+
+    def optimum(self, C):
+        """(N*, D*, L*) at a budget of C FLOPs."""
+        law = np.array([[self.E, self.A, self.B, self.alpha, self.beta]])
+        return tuple(v[0] for v in optimum(law, C, self.rule))
+
+
+def fit_parametric(N, D, loss, C=None, target=None, bootstrap=1000, seed=0):
+    """
+    The law by Huber loss on log residuals, from 4,500 starts (Hoffmann et al. 2022, section 3.3).
+
+    N, D, loss, C (FLOPs; 6ND if None): (n,). target: as in fit_isoflop. Raises FitError for runs
+    that cannot tell five parameters apart: fewer than 6 different ones, fewer than 3 different N or
+    D, or all along one line of log N and log D.
+    """
+    return _fit_law(Huber, clean(N, D, loss, C), target, bootstrap, seed)
+
+
+def fit_variable_projection(N, D, loss, C=None, target=None, bootstrap=1000, seed=0):
+    """The law by least squares on L, E, A, B >= 0. Arguments and errors: as in fit_parametric."""
+    return _fit_law(Projection, clean(N, D, loss, C), target, bootstrap, seed)
+
+
+@np.errstate(all="ignore")     # exponents near 0 overflow to infinity: a failed resample
+def _fit_law(method, runs, target, bootstrap, seed):
+    check_resolved(runs)
+    fitter, n = method(runs), len(runs.N)
+    theta, value = fitter.search(np.ones((1, n)))
+    best = theta[value.argmin()]
+    laws = np.vstack([fitter.law(best[None], np.ones((1, n))),
+                      refit(fitter, best, resample(n, bootstrap, seed))])     # (1 + bootstrap, 5)
+    rule, C = cost_rule(runs), target or runs.C.max()
+    rows = dict(zip(LAW, laws.T)) | dict(zip(("N", "D", "loss"), optimum(laws, C, rule)))
+    rows["a"] = laws[:, 4] / (laws[:, 3] + rule[1] * laws[:, 4])
+    rows["b"] = 1 - rule[1] * rows["a"]
+    E, A, B, alpha, beta = laws[0]
+    terms = A / runs.N ** alpha, B / runs.D ** beta
+    r = np.log(runs.loss / (E + sum(terms)))
+    small = np.minimum(np.abs(r), HUBER)
+    influence = influential(fitter, best, runs, r)
+    flags = data_flags(runs) + law_flags(laws, terms, runs, influence)
+    first, common = summarise(rows, C, runs.C.max(), flags, r)
+    return LawFit(**first, **common, objective=float((small * (np.abs(r) - small / 2)).sum()),
+                  rss=float(((runs.loss - E - sum(terms)) ** 2).sum()), rule=rule,
+                  reached=float((value <= value.min() * (1 + 1e-6) + 1e-12).mean()),
+                  influence=influence)
+
+
+def check_resolved(runs):
+    """Refuse runs that cannot tell the five parameters apart, however well the curve would fit."""
+    logs = np.log([runs.N, runs.D])
+    if (points := np.unique(np.round(100 * logs), axis=1).shape[1]) < 6:
+        raise FitError(f"{points} different runs: five parameters need at least 6")
+    for name in "ND":
+        if (k := distinct(getattr(runs, name))) < 3:
+            raise FitError(f"{name} takes {k} different values: its exponent needs at least 3")
+    if np.sqrt(np.linalg.eigvalsh(np.cov(logs))[0]) < 0.05:
+        raise FitError("all runs lie on one line of log N and log D (one budget, or one ratio of "
+                       "tokens to parameters): the terms of the law cannot be told apart")
+
+
+def refit(fitter, best, w):
+    """The law for each weighting w (S, n), from the best optimum and near it: (S, 5)."""
+    if not len(w):
+        return np.empty((0, 5))
+    tries = [minimise(fitter, np.tile(best + shift, (len(w), 1)), w) for shift in fitter.nearby]
+    theta, value = (np.stack(t) for t in zip(*tries))
+    return fitter.law(theta[value.argmin(0), np.arange(len(w))], w)
+
+
+def influential(fitter, best, runs, residuals):
+    """The five largest residuals, each with the law that is left without that run."""
+    worst = np.argsort(-np.abs(residuals))[:5]
+    w = np.ones((len(worst), len(residuals)))
+    w[np.arange(len(worst)), worst] = 0
+    return [dict(N=float(runs.N[i]), D=float(runs.D[i]), residual=float(residuals[i]),
+                 without=dict(zip(LAW, law.tolist())))
+            for i, law in zip(worst, refit(fitter, best, w))]
+
+
+def law_flags(laws, terms, runs, influence):
+    """Where the numbers of a law are not to be believed as they stand."""
+    flags, at_zero = [], laws[:, 0] < 1e-3 * runs.loss.min()
+    if at_zero[0]:
+        flags.append("E is at 0: these runs do not show where the loss levels off")
+    elif at_zero[1:].sum() > 0.05 * len(laws):
+        flags.append(f"E is at 0 in {at_zero[1:].sum()} of {len(laws) - 1} resamples")
+    for name, term, exponent in zip("ND", terms, laws[0, 3:]):
+        if np.ptp(term) < 1e-3 * np.ptp(runs.loss) or not 0.02 < exponent < 2.5:
+            flags.append(f"the term in {name} is not resolved: exponent {exponent:.3g}, it varies by "
+                         f"{np.ptp(term):.2g} of the loss's {np.ptp(runs.loss):.2g} nats")
+    if len(runs.N) < 10:
+        flags.append(f"only {len(runs.N)} runs for five parameters")
+    for i in influence:
+        if abs(shift := i["without"]["alpha"] - laws[0, 3]) > 0.05:
+            flags.append(f"alpha moves by {shift:+.3f} without the run at N {i['N']:.3g}, "
+                         f"D {i['D']:.3g}")
+    return flags
+
+
+# -------------------------------------------------------------------------------------------------
+# What the fits say (MAD paper, section 4)
+
+
+def parabola_bias(law, runs):
+    """
+    How far parabolas miss on the law itself, at these runs and without noise (arXiv 2603.22339):
+    the law is lopsided in log N and a parabola is not, so its vertex moves with the sizes sampled.
+    Returns the bias of a, and the factor on N* at the law's target.
+    """
+    ideal = fit_isoflop(runs.N, runs.D, law.loss(runs.N, runs.D), runs.C,
+                        target=law.target["C"], bootstrap=0)
+    return dict(a=ideal.a - law.a, N_factor=ideal.target["N"] / law.target["N"])
+
+
+def state_law(fits):
+    """
+    State-optimal scaling P* = k M^c: perplexity at the optimum against the state there.
+
+    fits: architecture -> IsoflopFit with states, of one number of resamples. Returns one c with a k
+    for each architecture, and each alone. Raises FitError where no state varies.
+    """
+    points = {}                                                      # log M, log P = L, weight
+    for arch, fit in fits.items():
+        w = np.isfinite(fit.optima["logM"]).astype(float)            # (1 + bootstrap, budgets)
+        x, y = (np.where(w > 0, fit.optima[k], 0) for k in ("logM", "loss"))
+        if w[0].sum() >= 2 and np.ptp(x[0][w[0] > 0]) > 0.01:
+            points[arch] = x, y, w
+    if not points:
+        raise FitError("no architecture has a positive state that varies over two usable budgets")
+    out = dict(c=None, intervals={}, k={}, separate={})
+    for arch, lines in ((arch, fit_lines(*p)) for arch, p in points.items()):
+        rows = dict(k=np.exp(lines[0]), c=lines[1])
+        out["separate"][arch] = {k: float(v[0]) for k, v in rows.items()} | dict(
+            intervals={k: interval(v[1:]) for k, v in rows.items()})
+    # One slope with an intercept each: take each architecture's means away first.
+    x, y, w = (np.concatenate(p, 1) for p in
+               zip(*((x - means(x, w), y - means(y, w), w) for x, y, w in points.values())))
+    c = fit_lines(x, y, w)[1]
+    out["c"], out["intervals"]["c"] = float(c[0]), interval(c[1:])
+    out["k"] = {arch: float(np.exp(means(y, w) - c[0] * means(x, w))[0, 0])
+                for arch, (x, y, w) in points.items()}
+    return out
+
+
+def overtraining(iso, law, C, ratios=(1 / 4, 1 / 2, 2, 4)):
+    """
+    Excess loss, in nats, of a model of ratio * N* at the same budget; below 1 it is overtrained.
+
+    isoflop: by the mean curvature of the budgets, with no value where one did not sample that size.
+    law: at budget C. Either fit may be a refusal.
+    """
+    out = {}
+    if isinstance(iso, IsoflopFit):
+        curvature = iso.optima["curvature"]                          # (1 + bootstrap, budgets)
+        curvature = means(np.nan_to_num(curvature), np.isfinite(curvature))[:, 0]
+        seen = {q: all(p["N_sampled"][0] <= q * p["N"] <= p["N_sampled"][1]
+                       for p in iso.parabolas if not p["flag"]) for q in ratios}
+        excess = {f"{q:g}": curvature[0] * np.log(q) ** 2 for q in ratios if seen[q]}
+        out["isoflop"] = excess | dict(curvature=curvature[0],
+                                       intervals=dict(curvature=interval(curvature[1:])))
+    if isinstance(law, LawFit):
+        N, D, loss = law.optimum(C)
+        out["law"] = {f"{q:g}": law.loss(N * q, D * q ** -law.rule[1]) - loss for q in ratios}
+    return out
+
+
+METHODS = dict(isoflop=fit_isoflop, parametric=fit_parametric,
+               variable_projection=fit_variable_projection)
+
+
+def hold_out(runs, above=None):
+    """
+    Fit the smaller budgets, predict the larger: a row for each method and held-out budget.
+
+    above: the budget from which runs are held out (the largest group if None). decades: distance
+    beyond the fitted budgets. loss_error: log of predicted over measured loss, the mean over runs
+    for a law, at the optimum for isoflop (NaN without one). log10_N_error: the same for N*.
+    """
+    label, budgets = group_budgets(runs.C)
+    test = label == len(budgets) - 1 if above is None else runs.C >= above
+    if test.all() or not test.any():
+        raise FitError("hold-out needs runs on both sides of the cut")
+    train, rows = runs.take(~test), []
+    fits = {name: attempt(fit, train.N, train.D, train.loss, train.C, bootstrap=0)
+            for name, fit in METHODS.items()}
+    for g, (name, fit) in itertools.product(np.unique(label[test]), fits.items()):
+        group, C = runs.take(test & (label == g)), budgets[g]
+        row = dict(method=name, C=C, decades=np.log10(C / train.C.max()))
+        if isinstance(fit, dict):
+            rows.append(row | fit)
+            continue
+        top, _, _ = parabola(group, np.ones((1, len(group.N))))
+        N, _, loss = fit.optimum(C)
+        error = (np.log(loss / top["loss"]) if name == "isoflop" else
+                 np.log(fit.loss(group.N, group.D) / group.loss))
+        rows.append(row | dict(loss_error=error.mean(), loss_rms=np.sqrt((error ** 2).mean()),
+                               log10_N_error=(np.log(N) - top["logN"][0]) / np.log(10)))
+    return rows
+
+
+def analyse(runs, target=None, bootstrap=1000, seed=0, above=None):
+    """Everything about one set of runs: name -> fit, table or refusal."""
+    columns, options = (runs.N, runs.D, runs.loss, runs.C), dict(
+        target=target, bootstrap=bootstrap, seed=seed)
+    out = dict(runs=len(runs.N), dropped=runs.dropped)
+    out["isoflop"] = iso = attempt(fit_isoflop, *columns, runs.state, **options)
+    for name in ("parametric", "variable_projection"):
+        out[name] = law = attempt(METHODS[name], *columns, **options)
+        if isinstance(law, LawFit) and isinstance(iso, IsoflopFit):
+            out.setdefault("parabola_bias", {})[name] = attempt(parabola_bias, law, runs)
+            out["parabola_bias"][name]["a_parabola_less_law"] = iso.a - law.a
+    middle = np.exp(np.log(runs.C).mean())
+    out["overtraining"] = overtraining(iso, out["variable_projection"], middle)
+    out["hold_out"] = attempt(hold_out, runs, above)
+    return out
+
+
+def compare(scores, archs):
+    """
+    Rank correlation of MAD scores {arch: score} with compute-optimal losses, a row for each budget
+    that three scored architectures share; -1 if a higher score always means a lower loss.
+
+    archs: {arch: Runs}. Where a parabola has no usable minimum, the best run stands in, flagged.
+    Raises FitError where no budget serves.
+    """
+    rows, archs = [], {a: r for a, r in archs.items() if a in scores}
+    label, budgets = group_budgets(np.concatenate([[]] + [r.C for r in archs.values()]))
+    for g, C in enumerate(budgets if len(archs) >= 3 else ()):
+        losses, flags, start = {}, [], 0
+        for arch, runs in archs.items():
+            start, own = start + len(runs.C), label[start:start + len(runs.C)] == g
+            if own.any():
+                group = runs.take(own)
+                top, why, _ = parabola(group, np.ones((1, len(group.N))))
+                losses[arch] = float(group.loss.min() if why else top["loss"][0])
+                flags += [f"{arch}: best run in place of the optimum: {why}"] * bool(why)
+        if len(losses) >= 3:
+            found = attempt(rank_correlation, [scores[a] for a in losses], list(losses.values()))
+            rows.append(dict(C=float(C), **plain(found), loss=losses, flags=flags))
+    if not rows:
+        raise FitError("no budget has three architectures with runs and a MAD score (both: "
+                       f"{', '.join(archs) or 'none'})")
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# Files in, text out
+
+
+def number(text, where):
+    """A cell as a float, NaN if it is empty."""
+    try:
+        return float(text) if text and text.strip() else np.nan
+    except ValueError:
+        raise FitError(f"{where}: {text!r} is not a number") from None
+
+
+def read_csv(path, needed):
+    """Rows of a CSV file as dicts, with the needed columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise FitError(f"{path}: not a CSV file ({error})") from None
+    if not rows:
+        raise FitError(f"{path}: no rows")
+    if missing := [c for c in needed if c not in rows[0]]:
+        raise FitError(f"{path}: no column {', '.join(missing)} in {', '.join(map(str, rows[0]))}")
+    return rows
+
+
+def read_runs(path):
+    """A CSV of runs -> {architecture: Runs}; without an arch column the name is "all"."""
+    archs = {}
+    for line, row in enumerate(read_csv(path, ("N", "D", "loss")), 2):
+        some = archs.setdefault(row.get("arch") or "all", {})
+        for c in ("N", "D", "loss", "C", "state"):
+            if c in row:
+                some.setdefault(c, []).append(number(row[c], f"{path}, line {line}, {c}"))
+    runs = {arch: attempt(clean, **columns) for arch, columns in archs.items()}
+    for arch, why in runs.items():
+        if isinstance(why, dict):
+            raise FitError(f"{path}, {arch}: {why['refused']}")
+    return runs
+
+
+def pool(archs):
+    """All architectures' runs as one."""
+    parts = list(archs.values())
+    arrays = (np.concatenate([getattr(r, f.name) for r in parts]) for f in fields(Runs)[:-1])
+    dropped = {k: sum(r.dropped.get(k, 0) for r in parts) for k in "N D loss C".split()}
+    return Runs(*arrays, {k: v for k, v in dropped.items() if v})
+
+
+def read_scores(path):
+    """{arch: score} from JSON ({arch: score or {"mean": score}}, or rows) or CSV (arch, mean)."""
+    if not str(path).endswith(".json"):
+        return {r["arch"]: number(r["mean"], f"{path}, {r['arch']}")
+                for r in read_csv(path, ("arch", "mean"))}
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        rows = data.items() if isinstance(data, dict) else [(r["arch"], r) for r in data]
+        return {arch: float(v["mean"] if isinstance(v, dict) else v) for arch, v in rows}
+    except (TypeError, KeyError, ValueError) as error:
+        raise FitError(f"{path}: no scores by arch ({type(error).__name__}: {error})") from None
+
+
+def plain(value):
+    """For JSON: dataclasses as dicts without their long arrays, NaN and infinity as null."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.repr}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def brief(v):
+    return "-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+
+
+def report(name, value, near={}, pad=""):
+    """A JSON object as indented lines: intervals follow their numbers, "!" leads a flag."""
+    if isinstance(value, str):
+        return [f"{pad}! {value}"]
+    if isinstance(value, list):
+        return [line for v in value for line in report(name, v, {}, pad)]
+    near = value.get("intervals", near)
+    ends = {k: f" [{brief(v[0])}, {brief(v[1])}]" for k, v in near.items() if v[0] is not None}
+    here = [f"{k} {brief(v)}{ends.get(k, '')}" for k, v in value.items()
+            if not isinstance(v, (dict, list)) and v != ""]
+    out = [f"{pad}{name}  " + "  ".join(here)]
+    for k, v in value.items():
+        if isinstance(v, (dict, list)) and v and k not in ("intervals", "N_sampled", "rule"):
+            out += report(k, v, near if k == "target" else {}, pad + "  ")
+    return out
+
+
+# -------------------------------------------------------------------------------------------------
+# Plots. Grey tells budgets apart and markers architectures, so that a printed page keeps both.
+
+MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
+
+
+def plot_parabolas(ax, arch, runs):
+    label, budgets = group_budgets(runs.C)
+    for g, C in enumerate(budgets):
+        one, grey = runs.take(label == g), str(0.7 - 0.7 * g / max(1, len(budgets) - 1))
+        ax.plot(one.N, one.loss, "o", ms=4, color=grey, label=f"{C:.1e} FLOPs")
+        top = {k: v[0] for k, v in parabola(one, np.ones((1, len(one.N))))[0].items()}
+        N = np.geomspace(one.N.min(), one.N.max(), 100)
+        ax.plot(N, top["loss"] + top["curvature"] * (np.log(N) - top["logN"]) ** 2, color=grey)
+        ax.plot(np.exp(top["logN"]), top["loss"], "*", ms=12, color=grey, mec="black")
+    ax.set(title=f"{arch}: optima starred", xlabel="parameters N", xscale="log")
+    if len(budgets) <= 12:
+        ax.legend(fontsize=7)
+
+
+def plot_frontier(ax, archs):
+    for i, (arch, r) in enumerate(archs.items()):
+        look = dict(marker=MARKERS[i % 8], ls="none", label=arch)
+        ax.plot(r.C, r.loss, color="0.75", ms=3, **look | dict(label=None))
+        fit = attempt(fit_isoflop, r.N, r.D, r.loss, r.C, bootstrap=0)
+        if isinstance(fit, IsoflopFit):
+            used = [p for p in fit.parabolas if not p["flag"]]
+            ax.plot([p["C"] for p in used], [p["loss"] for p in used], color="black", **look)
+            C = np.geomspace(used[0]["C"], 10 * used[-1]["C"], 50)
+            ax.plot(C, fit.optimum(C)[2], color="black", lw=1, ls=DASHES[i % 4])
+    ax.set(title="optima; L*(C) to 10 times the largest", xlabel="compute C, FLOPs", xscale="log")
+    ax.legend(fontsize=7) if ax.get_legend_handles_labels()[0] else None
+
+
+def plot_runs(ax, archs, column, unit):
+    every = np.concatenate([np.log(r.C) for r in archs.values()])
+    for i, (arch, r) in enumerate(archs.items()):
+        ax.scatter(getattr(r, column), r.loss, c=np.log(r.C), cmap="Greys", vmin=every.min() - 2,
+                   vmax=every.max(), marker=MARKERS[i % 8], s=20, edgecolors="0.3", label=arch)
+    ax.set(title="darker: more compute", xlabel=f"{unit} {column}", xscale="log")
+    ax.legend(fontsize=7)
+
+
+def plot_mad(ax, scores, row):
+    for arch, loss in row["loss"].items():
+        ax.plot(scores[arch], loss, "o", color="black")
+        ax.annotate(arch, (scores[arch], loss), (4, 4), textcoords="offset points", fontsize=7)
+    ax.margins(0.2)
+    rank = row.get("refused") or f"rho {row['rho']:.2f}, p {row['p']:.2g}, n {row['n']}"
+    ax.set(title=f"optima at {row['C']:.1e} FLOPs: {rank}", xlabel="MAD score")
+
+
+def plot(archs, out, scores=None):
+    """Parabolas, frontier, loss against N and D, and against MAD scores if given: one image."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise FitError("plots need matplotlib: pip install matplotlib") from None
+    panels = [(plot_parabolas, arch, runs) for arch, runs in archs.items()]
+    panels += [(plot_frontier, archs), (plot_runs, archs, "N", "parameters"),
+               (plot_runs, archs, "D", "training tokens")]
+    panels += [(plot_mad, scores, compare(scores, archs)[-1])] if scores else []
+    rows = -(-len(panels) // 3)
+    figure, axes = pyplot.subplots(rows, 3, figsize=(15, 4 * rows), layout="constrained",
+                                   squeeze=False)
+    for ax, (draw, *args) in zip(axes.flat, panels):
+        draw(ax, *args)
+        ax.set_ylabel("loss, nats a token")
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    try:
+        figure.savefig(out, dpi=130)
+    except ValueError as error:                                      # an unknown file type
+        raise FitError(f"{out}: {error}") from None
+    pyplot.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------
+# Commands
+
+
+def run_fit(args):
+    archs, options = read_runs(args.runs), (args.target, args.bootstrap)
+    # A seed each: resamples of two architectures must not be drawn alike.
+    results = {arch: analyse(runs, *options, args.seed + i, args.hold_out)
+               for i, (arch, runs) in enumerate(archs.items())}
+    whole = (analyse(pool(archs), *options, args.seed, args.hold_out) if len(archs) > 1 else
+             next(iter(results.values())))
+    fits = {a: r["isoflop"] for a, r in results.items() if isinstance(r["isoflop"], IsoflopFit)}
+    out = dict(archs=results, state_law=attempt(state_law, fits))
+    every = [r[m] for r in (whole, *results.values()) for m in METHODS]
+    if all(isinstance(fit, dict) for fit in every):
+        raise FitError("; ".join(f"{m}: {whole[m]['refused']}" for m in METHODS))
+    if len(archs) > 1:
+        whole["flags"] = [f"{len(archs)} architectures pooled as if they were one: see archs"]
+    if args.draws:
+        np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in results.items() for m in METHODS
+                                if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
+    if args.plot:
+        plot(archs, args.plot)
+    if args.json:
+        return print(json.dumps(plain(whole | out), allow_nan=False))
+    results |= {"all together": whole} if len(archs) > 1 else {}
+    for name, value in plain(results | dict(state_law=out["state_law"])).items():
+        print("\n".join(report(name, value)), end="\n\n")
+
+
+def run_compare(args):
+    rows = compare(read_scores(args.mad), read_runs(args.runs))
+    print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(report("budget", rows)))
+
+
+def run_plot(args):
+    plot(read_runs(args.runs), args.out, args.mad and read_scores(args.mad))
+
+
+def positive(text):
+    value = float(text)
+    if not 0 < value < np.inf:
+        raise ValueError
+    return value
+
+
+def _command(commands, name, run, text):
+    """Add a subcommand; returns its add_argument."""
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command.add_argument
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = _command(commands, "fit", run_fit, "scaling laws of a CSV: N, D, loss[, C, arch, state]")
+    add("runs", help="CSV file of runs")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--target", type=positive, help="budget to predict, FLOPs (default: the largest)")
+    add("--bootstrap", type=lambda text: int(positive(text)), default=1000, help="resamples (default 1000)")
+    add("--seed", type=int, default=0, help="of the resamples (default 0)")
+    add("--hold-out", type=positive, help="hold out budgets from this one (default: the largest)")
+    add("--draws", help="write every bootstrap draw to this .npz file")
+    add("--plot", help="also draw the plots into this image file")
+    add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
+    add("--mad", required=True, help="JSON {arch: score} or CSV (arch, mean)")
+    add("--runs", required=True, help="CSV file of runs, with an arch column")
+    add("--json", action="store_true", help="print a JSON list, a row a budget")
+    add = _command(commands, "plot", run_plot, "draw a CSV of runs")
+    add("runs", help="CSV file of runs")
+    add("--out", required=True, help="image file, .png or .pdf")
+    add("--mad", help="MAD scores to draw against the losses")
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (FitError, OSError) as error:
+        print(f"scaling.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,654 @@
+"""
+What is learned: the six synthetic tasks of MAD, their 66 settings, and text as the seventh task.
+
+Each task is a unit test of one ability of a sequence model (the paper's section on MAD, tables in
+its appendix): bring back what was shown (recall), in spite of noise or of names of several tokens,
+copy in order, squeeze a sequence into one vector, know facts by heart. A setting is one difficulty
+of one task. Data are drawn, not stored: generate(setting, n, seed, split) -> inputs, targets, where
+targets[:, t] is the right answer at position t, and -100 marks a position that is not scored.
+
+  n sequences   T length   M vocabulary, ids in [0, M)   P pairs   L longest motif   B of a block
+
+Three numbers stand beside each task: what a guess gets (chance), what a program that knows the rule
+gets (oracle), and what no model exceeds (ceiling).
+
+  python tasks.py      prints one small instance of each task; every oracle gets 1.000
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import numbers
+import os
+import platform
+import re
+import sysconfig
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+TASKS = {
+    "in-context-recall": "which value came with this key?",
+    "fuzzy-in-context-recall": "the same, but keys and values are motifs of several tokens",
+    "noisy-in-context-recall": "the same, but some pairs are replaced by noise",
+    "selective-copying": "repeat the tokens, skip the blanks",
+    "compression": "the vector at the last position must hold the whole sequence",
+    "memorization": "which value has this key in the task's one fixed map?",
+}
+IGNORE = -100        # torch's cross_entropy skips this target by default
+
+# -------------------------------------------------------------------------------------------------
+# Settings
+
+
+def unknown(field, value, valid):
+    close = difflib.get_close_matches(str(value), valid, 1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return ValueError(f"{field} is {value!r}; permitted: {', '.join(valid)}{hint}")
+
+
+def whole(field, value, low, high=None, even=False, given=""):
+    """value as an int, or a ValueError that names the field, its value and the permitted range."""
+    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if is_int and low <= value and (high is None or value <= high) and not (even and value % 2):
+        return int(value)                    # numpy's integers become Python's: same repr and json
+    kind, span = "even" if even else "whole", f"{low} to {high}"
+    span = f"at least {low}" if high is None else span
+    raise ValueError(f"{field} is {value!r}; permitted: a {kind} number, {span}{given}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One difficulty of one task. The defaults are in-context recall's baseline."""
+    task: str
+    vocab_size: int = 16             # all ids, with special tokens and noise
+    seq_len: int = 128               # T, before the shift that takes one position from recall
+    num_train: int = 12_800
+    num_test: int = 1_280
+    noise_vocab_size: int = 0        # noisy recall: how many of the ids are noise
+    frac_noise: float = 0.0          # noisy recall: probability that a pair is noise
+    num_tokens_to_copy: int = 16     # read by selective copying only
+    max_motif: int = 3               # read by fuzzy recall only
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise unknown("task", self.task, TASKS)
+        noisy = self.task == "noisy-in-context-recall"
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                low = 1 if noisy or field.name != "noise_vocab_size" else 0
+                value = whole(field.name, getattr(self, field.name), low)
+                object.__setattr__(self, field.name, value)
+        f = self.frac_noise
+        if isinstance(f, bool) or not isinstance(f, numbers.Real) or not 0 <= f < 1:
+            raise ValueError(f"frac_noise is {f!r}; permitted: a number in [0, 1)")
+        if not noisy and (f or self.noise_vocab_size):
+            raise ValueError(f"frac_noise is {f!r}, noise_vocab_size is {self.noise_vocab_size}; "
+                             f"permitted: 0 and 0, for only noisy-in-context-recall has noise")
+        object.__setattr__(self, "frac_noise", float(f))
+        self._check_fit()
+
+    def _check_fit(self):
+        """Room for two keys and two values (with one there is nothing to tell), or two tokens."""
+        M, T, L, noise = self.vocab_size, self.seq_len, self.max_motif, self.noise_vocab_size
+        fuzzy = 2 * max(L, 2) + 1    # each half holds a motif without repeats, and there is a pad
+        vocab, length, even, given = {
+            "in-context-recall": (4, 4, True, ""),
+            "noisy-in-context-recall": (4 + noise, 4, True, f" (noise_vocab_size is {noise})"),
+            "fuzzy-in-context-recall": (fuzzy, 4 * L, False, f" (max_motif is {L})"),
+            "selective-copying": (4, 3, False, ""),
+            "compression": (3, 2, False, ""),
+            "memorization": (5, 2, True, ""),
+        }[self.task]
+        whole("vocab_size", M, vocab, given=given)
+        whole("seq_len", T, length, even=even, given=given)
+        if self.task == "selective-copying":
+            most, given = (T - 1) // 2, f" (seq_len is {T})"
+            whole("num_tokens_to_copy", self.num_tokens_to_copy, 1, most, given=given)
+        if self.task == "fuzzy-in-context-recall":       # a motif is numbered within an int64
+            whole("max_motif", L, 1, int(62 / np.log2(M)), given=f" (vocab_size is {M})")
+
+    @property
+    def backbone(self):
+        """The kind of model (model.py) that the task needs."""
+        return "autoencoder" if self.task == "compression" else "lm"
+
+    @property
+    def length(self):
+        """Positions of inputs and targets."""
+        return self.seq_len - self.task.endswith("recall")
+
+
+BASELINES = {s.task: s for s in (
+    Setting("in-context-recall"),
+    Setting("fuzzy-in-context-recall"),
+    Setting("noisy-in-context-recall", vocab_size=32, noise_vocab_size=16, frac_noise=0.2),
+    Setting("selective-copying", seq_len=256),
+    Setting("compression", seq_len=32),
+    Setting("memorization", vocab_size=256, seq_len=32, num_train=256),
+)}
+
+_RECALL = {"vocab_size": (32, 64, 128), "seq_len": (256, 512, 1024),
+           "num_train": (6400, 3200, 1600, 800)}
+CHANGES = {          # what makes a task harder, one variable at a time
+    "in-context-recall": _RECALL,
+    "fuzzy-in-context-recall": _RECALL,
+    "noisy-in-context-recall": {**_RECALL, "vocab_size": (48, 80, 144), "frac_noise": (.4, .6, .8)},
+    "selective-copying": {**_RECALL, "seq_len": (512, 1024), "num_tokens_to_copy": (32, 64, 96)},
+    "compression": {**_RECALL, "seq_len": (64, 128, 256)},
+    "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)},
+}
+
+
+def mad_settings(task=None):
+    """The protocol's 66 settings, or those of one task; a baseline comes before its changes."""
+    if task is not None and task not in TASKS:
+        raise unknown("task", task, TASKS)
+    return [dataclasses.replace(BASELINES[name], **change)
+            for name in TASKS if task in (None, name)
+            for change in [{}, *({field: value} for field, values in CHANGES[name].items()
+                                 for value in values)]]
+
+
+def halves(setting):
+    """Number of keys, ids [0, keys), and of values, ids [keys, keys + values)."""
+    M = setting.vocab_size - setting.noise_vocab_size    # noise has the last ids
+    if setting.task == "memorization":                   # M/2 facts; id M-1 is the insert token
+        return M // 2, M - 1 - M // 2
+    if setting.task == "fuzzy-in-context-recall":        # id M-1 pads
+        M -= 1
+    return M // 2, M - M // 2
+
+
+# -------------------------------------------------------------------------------------------------
+# Randomness. numpy promises for all machines and versions that PCG64's raw bits stay the same; it
+# does not promise that of Generator.integers and its like. So the bits are all that we take.
+
+B = 256              # sequences drawn from one stream: their arrays fit the processor's cache
+
+
+def dice(setting, seed, *label):
+    """
+    A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32.
+
+    Each (setting, seed, label) has its own stream. num_train and num_test don't count: with less
+    training data a task keeps its test data and the first of its training data.
+    """
+    task = dataclasses.replace(setting, num_train=1, num_test=1)
+    name = repr((dataclasses.astuple(task), seed, label)).encode()
+    digest = hashlib.sha256(name).digest()               # hash() differs between processes
+    bits = np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "big")))
+
+    def draw(high, *shape):
+        count = B * int(np.prod(shape))
+        raw = bits.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
+        # x * high / 2^32 is biased by at most high / 2^32 (2e-6 for 8192 ids), and never retries.
+        scaled = np.multiply(raw, high, dtype=np.uint64) >> np.uint64(32)
+        return scaled.view(np.int64).reshape(B, *shape)
+
+    return draw
+
+
+def first_shown(codes):
+    """codes (n, P) -> (n, P), for each place the first place of its row that has the same code."""
+    order = np.argsort(codes, axis=1, kind="stable")     # equal codes become neighbours, in order
+    ranked = np.take_along_axis(codes, order, 1)
+    fresh = np.ones(codes.shape, bool)
+    fresh[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    start = np.maximum.accumulate(np.where(fresh, np.arange(codes.shape[1]), 0), 1)
+    first = np.empty_like(order)
+    np.put_along_axis(first, order, np.take_along_axis(order, start, 1), 1)
+    return first
+
+
+# -------------------------------------------------------------------------------------------------
+# The tasks: (setting, draw, split, seed) -> inputs, targets of one block
+
+
+def shift(tokens, scored):
+    """Autoregressive: at each of T-1 positions the target is the next token, where it is scored."""
+    return tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:]
+
+
+def recall(setting, draw, split, seed):
+    """
+    key value key value ... key value, the last key drawn among those shown before. In-context
+    recall is the case without noise. Training is on every next token, noise too; a test is not.
+    """
+    (keys, values), P = halves(setting), setting.seq_len // 2
+    noise = draw(2 ** 32, P) < setting.frac_noise * 2 ** 32          # (B, P)
+    np.put_along_axis(noise, draw(P - 1, 1), False, 1)               # one pair always stays,
+    noise[:, -1] = False                                             # and the last one
+    key = np.where(noise, -1, draw(keys, P))         # -1 is a last column below, which is not read
+    shown = np.zeros((B, keys + 1), bool)
+    np.put_along_axis(shown, key[:, :-1], True, 1)
+    key[:, -1] = np.where(shown[:, :keys], draw(2 ** 32, keys), -1).argmax(1)
+    value = np.take_along_axis(keys + draw(values, keys + 1), key, 1)    # one value a key, anew
+    junk = keys + values + draw(setting.noise_vocab_size, P, 2)
+    tokens = np.where(noise[..., None], junk, np.stack([key, value], 2)).reshape(B, 2 * P)
+    scored = np.full(tokens.shape, split == "train")
+    if split == "test":
+        scored[:, 1::2] = (first_shown(key) < np.arange(P)) & ~noise
+    return shift(tokens, scored)
+
+
+def motifs(draw, num_tokens, L, P):
+    """(B, P, L) motifs without a repeated token: the p-th skips the p tokens before it."""
+    tokens = np.empty((B, P, L), np.int64)
+    for p in range(L):
+        token = draw(num_tokens - p, P)              # its rank among the unused
+        used = np.sort(tokens[..., :p], axis=2)
+        for q in range(p):
+            token += token >= used[..., q]
+        tokens[..., p] = token
+    return tokens
+
+
+def fuzzy_pairs(setting, draw, split):
+    """More pairs than fit: (B, P, 2L), a key then its value, -1 for no token; codes of the keys."""
+    (keys, values), L, T = halves(setting), setting.max_motif, setting.seq_len
+    P = T // 2 if split == "train" else T // (L + 1)     # T / the shortest pair
+    key, value = motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)
+    key_len, value_len = 1 + draw(L, 2, P).swapaxes(0, 1)
+    if split == "train":
+        key = np.where(np.arange(L) < key_len[..., None], key, -1)
+    value = np.where(np.arange(L) < value_len[..., None], value, -1)
+    code = (key + 1) @ (keys + 1) ** np.arange(L)        # (B, P)
+    # One value a key: a key that was drawn before takes the value drawn with it then.
+    value = np.take_along_axis(value, first_shown(code)[..., None], 1)
+    return np.concatenate([key, value], 2), code
+
+
+def fuzzy_order(draw, size, T):
+    """
+    Sizes (B, P) -> which pair stands in which slot (B, P+1), and how many slots are used (B, 1).
+
+    Pair 0 is the probe: it has the last slot and one drawn among all before, so that it is always
+    in the context. (In mad-lab 1.6% of the training sequences end before it was placed.)
+    """
+    P = size.shape[1]
+    others = (size[:, 1:].cumsum(1) + 2 * size[:, :1] <= T).sum(1, keepdims=True)    # that fit
+    early = draw(2 ** 32, 1) * (others + 1) >> 32                                    # 0 ... others
+    slot = np.arange(P + 1)
+    order = slot + (slot < early)                        # the others, in turn, around the probe
+    order[(slot == early) | (slot == others + 1)] = 0
+    return np.minimum(order, P - 1), others + 2          # (unused slots stay in range)
+
+
+def fuzzy_recall(setting, draw, split, seed):
+    """
+    pad ... pad, then pairs of motifs: key tokens, value tokens, key tokens, value tokens, ...
+
+    Keys and values share no token, so a run of key tokens is one key and the run of value tokens
+    after it its value. Where a value ends, only its earlier appearance tells.
+    """
+    L, T = setting.max_motif, setting.seq_len
+    pair, code = fuzzy_pairs(setting, draw, split)
+    order, used = fuzzy_order(draw, (pair >= 0).sum(2), T)           # (B, S), (B, 1)
+    pair = np.take_along_axis(pair, order[..., None], 1)             # (B, S, 2L)
+    slot = np.arange(order.shape[1])
+    exists = (pair >= 0) & (slot < used)[..., None]
+    answer = np.full(pair.shape, split == "train")
+    if split == "test":
+        again = first_shown(np.take_along_axis(code, order, 1)) < slot
+        answer[..., L:] = again[..., None]
+    # Row by row, the tokens that exist are, in this order, the end of the sequence.
+    filled = np.arange(T) >= T - exists.sum((1, 2))[:, None]         # (B, T)
+    tokens, scored = np.full((B, T), setting.vocab_size - 1), np.zeros((B, T), bool)
+    tokens[filled], scored[filled] = pair[exists], answer[exists]
+    return shift(tokens, scored)
+
+
+def selective_copying(setting, draw, split, seed):
+    """
+    n tokens, blanks among them, the copy token, n blanks at which the n tokens are the targets: T
+    in all, so T - 2n - 1 blanks are inserted. As in mad-lab each picks the token it stands before.
+    """
+    n, T, M = setting.num_tokens_to_copy, setting.seq_len, setting.vocab_size
+    token, owner = draw(M - 2, n), draw(n, T - 2 * n - 1)
+    owner += n * np.arange(B)[:, None]                               # one histogram for all rows
+    blanks = np.bincount(owner.ravel(), minlength=B * n).reshape(B, n)
+    inputs, targets = np.full((B, T), M - 2), np.full((B, T), IGNORE)
+    np.put_along_axis(inputs, blanks.cumsum(1) + np.arange(n), token, 1)
+    inputs[:, T - n - 1] = M - 1
+    targets[:, T - n:] = token
+    return inputs, targets
+
+
+def compression(setting, draw, split, seed):
+    """T-1 random tokens and the compression token, which is a target too, as in mad-lab."""
+    inputs = np.full((B, setting.seq_len), setting.vocab_size - 1)
+    inputs[:, :-1] = draw(setting.vocab_size - 1, setting.seq_len - 1)
+    return inputs, inputs
+
+
+def facts(setting, seed):
+    """The fixed map of memorization, (keys,): it belongs to task and seed, not to a split."""
+    keys, values = halves(setting)
+    return keys + dice(setting, seed, "facts")(values, -(-keys // B)).ravel()[:keys]
+
+
+def memorization(setting, draw, split, seed):
+    """key insert key insert ...; at the insert token the target is the value, never shown."""
+    T = setting.seq_len
+    key = draw(halves(setting)[0], T // 2)
+    inputs, targets = np.full((B, T), setting.vocab_size - 1), np.full((B, T), IGNORE)
+    inputs[:, 0::2], targets[:, 1::2] = key, facts(setting, seed)[key]
+    return inputs, targets
+
+
+MAKERS = {"in-context-recall": recall, "noisy-in-context-recall": recall,
+          "fuzzy-in-context-recall": fuzzy_recall, "selective-copying": selective_copying,
+          "compression": compression, "memorization": memorization}
+
+
+def generate(setting, n, seed, split):
+    """
+    inputs, targets: int64 (n, setting.length), the same for the same arguments on every machine.
+
+    The first n sequences of a larger n are the same ones. The splits "train" and "test" come from
+    independent streams: they share a sequence only by chance, where there are few.
+    """
+    if split not in ("train", "test"):
+        raise unknown("split", split, ("train", "test"))
+    n, seed = whole("n", n, 1), whole("seed", seed, 0)
+    inputs, targets = np.empty((2, n, setting.length), np.int64)
+    for i in range(0, n, B):
+        x, y = MAKERS[setting.task](setting, dice(setting, seed, split, i), split, seed)
+        inputs[i:i + B], targets[i:i + B] = x[:n - i], y[:n - i]
+    return inputs, targets
+
+
+# -------------------------------------------------------------------------------------------------
+# What a score is read against
+
+
+def chance(setting):
+    """
+    Expected test accuracy of a guess that looks neither at the sequence nor at other data: 1 in the
+    number of possible answers. In compression the last of T tokens is always the same: no guess.
+    """
+    if setting.task == "selective-copying":
+        return 1 / (setting.vocab_size - 2)
+    if setting.task == "compression":
+        return (1 + (setting.seq_len - 1) / (setting.vocab_size - 1)) / setting.seq_len
+    return 1 / halves(setting)[1]
+
+
+def ceiling(setting):
+    """
+    Test accuracy that no model is expected to exceed. 1, but for memorization: the part of the
+    facts that the training data show (mean 0.913). Guessing the rest adds less than 0.0002.
+    """
+    if setting.task != "memorization":
+        return 1.0
+    draws = setting.num_train * (setting.seq_len // 2)
+    return 1 - (1 - 1 / halves(setting)[0]) ** draws
+
+
+def contexts(setting, inputs):
+    """
+    (n, T), a number for what decides the next token: the key, and how many tokens of its value were
+    read since; where the next token is open, -1-t, which stands nowhere else in its row.
+    """
+    keys, values = halves(setting)
+    L = setting.max_motif if setting.task.startswith("fuzzy") else 1
+    code, length, read = np.zeros((3, len(inputs)), np.int64)
+    out = np.empty_like(inputs)
+    for t in range(inputs.shape[1]):
+        token = inputs[:, t]
+        is_key, is_value = token < keys, (keys <= token) & (token < keys + values)
+        goes_on = read == 0                              # else this token starts another key
+        code = np.where(is_key, code * goes_on * (keys + 1) + token + 1, code)
+        length = np.where(is_key, length * goes_on + 1, length)
+        read = np.where(is_key, 0, read + 1)
+        # A key of less than L tokens may go on (in training), until a token of its value is read.
+        decided = is_key & (length == L) | is_value
+        out[:, t] = np.where(decided, code * (L + 1) + read, -1 - t)
+    return out
+
+
+def oracle(setting, inputs, seed=0):
+    """
+    The right answers, (n, T), by a rule; -1 where the task doesn't determine one. At position t it
+    reads inputs[:, :t+1] only (compression: all); memorization has the facts of the data's seed.
+
+    The recall tasks share the rule of induction heads: what followed this context the first time?
+    """
+    answer = np.full_like(inputs, -1)
+    if setting.task == "compression":
+        return inputs.copy()
+    if setting.task == "memorization":
+        answer[:, 1::2] = facts(setting, seed)[inputs[:, 0::2]]
+    elif setting.task == "selective-copying":
+        n = setting.num_tokens_to_copy
+        blank = inputs >= setting.vocab_size - 2         # or the copy token
+        tokens = np.argsort(blank, axis=1, kind="stable")[:, :n]     # places of the n, in order
+        answer[:, -n:] = np.take_along_axis(inputs, tokens, 1)
+    else:
+        T, (keys, values) = inputs.shape[1], halves(setting)
+        first = first_shown(contexts(setting, inputs))
+        token = np.take_along_axis(inputs, np.minimum(first + 1, T - 1), 1)
+        is_value = (keys <= token) & (token < keys + values)         # else the value has ended
+        answer = np.where((first < np.arange(T)) & is_value, token, -1)
+    return answer
+
+
+def accuracy(predictions, targets):
+    """Part of the scored positions that are right."""
+    return float((predictions == targets)[targets != IGNORE].mean())
+
+
+# -------------------------------------------------------------------------------------------------
+# Text, the seventh task: one long array of token ids, memory-mapped, so that its size is no matter
+
+PIECE = 1 << 22      # characters or tokens read at a time
+SIZES = {"bytes": 256, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277,
+         "o200k_base": 200019}                           # known without tiktoken's download
+MAGICS = (20240520, 20240801)                            # of llm.c's shards, for gpt-2 and llama-3
+SHARDS = {1: "<u2", 7: "<u4"}                            # their versions
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def get_encoding(name):
+    """tiktoken's encoding. Its first use needs the network, for which tiktoken waits for ever."""
+    import tiktoken
+    if name not in tiktoken.list_encoding_names():
+        raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names()])
+    found = []
+
+    def fetch():
+        try:
+            found.append(tiktoken.get_encoding(name))
+        except Exception as error:           # no network, proxy, a captive portal's wrong hash, ...
+            found.append(" ".join(f"{type(error).__name__}: {error}".split())[:120])
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(20)
+    if found and not isinstance(found[0], str):
+        return found[0]
+    why = found[0] if found else "no answer in 20 seconds"
+    raise ValueError(
+        f"cannot get tiktoken's {name} ({why}). Use --tokenizer bytes; or, on a machine with "
+        f"network, run TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding("
+        f"'{name}')\", copy DIR to this machine and set TIKTOKEN_CACHE_DIR to it")
+
+
+def vocab_size(tokenizer):
+    return SIZES.get(tokenizer) or get_encoding(tokenizer).n_vocab
+
+
+def read_text(files):
+    """
+    The files as one text, in pieces. They end between a letter and a newline, where no token of any
+    tokenizer reaches across: encoded piece by piece the text has the same tokens.
+    """
+    rest = ""
+    for path in files:
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                while piece := file.read(PIECE):
+                    rest += piece
+                    cut = re.match(r".*[^\W_](?=\n)", rest, re.DOTALL)       # the last such place
+                    end = cut.end() if cut else len(rest)
+                    yield rest[:end]
+                    rest = rest[end:]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}): convert it, or save its "
+                             f"bytes as a uint8 .npy") from None
+    yield rest
+
+
+def tokenize(files, tokenizer):
+    """Ids of the files' text, from the cache if this content was tokenized before."""
+    from tqdm import tqdm
+    digest, size, M = hashlib.sha256(), sum(f.stat().st_size for f in files), vocab_size(tokenizer)
+    for text in read_text(files):                        # finds bad text before any work is done
+        digest.update(text.encode())
+    if not size:
+        raise ValueError(f"{files[0]} holds no text")
+    if tokenizer == "bytes" and len(files) == 1:
+        return np.memmap(files[0], np.uint8, "r")
+    dtype = np.uint8 if M <= 1 << 8 else np.uint16 if M <= 1 << 16 else np.uint32
+    folder = Path(os.environ.get("NANOMAD_CACHE") or Path.home() / ".cache" / "nanomad")
+    path = folder / f"{digest.hexdigest()}-{tokenizer}.bin"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        encode = str.encode if tokenizer == "bytes" else get_encoding(tokenizer).encode_ordinary
+        temporary = path.with_suffix(f".{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file, tqdm(total=size, unit="B", unit_scale=True,
+                                                     desc=f"{tokenizer} tokens") as bar:
+                for text in read_text(files):
+                    np.array(list(encode(text)), dtype).tofile(file)
+                    bar.update(len(text.encode()))
+            os.replace(temporary, path)                  # whole, or not at all
+        finally:
+            temporary.unlink(missing_ok=True)
+    return np.memmap(path, dtype, "r")
+
+
+def open_tokens(path):
+    """.npy; llm.c's shards (a header of 256 int32: magic, version, count); nanoGPT's raw uint16."""
+    if path.suffix == ".npy":
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is not a readable .npy of integers: {error}") from None
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
+            raise ValueError(f"{path} is {tokens.dtype} {tokens.shape}; needed: integers (n,)")
+        return tokens
+    size, header = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
+    if header[:1] and header[0] in MAGICS:               # (as raw uint16 no token of gpt2's)
+        version, count = (header + [0, 0])[1:3]
+        if version not in SHARDS:
+            raise ValueError(f"{path} is a shard of version {version}; known: {list(SHARDS)}")
+        promised = 1024 + count * np.dtype(SHARDS[version]).itemsize
+        if size != promised or count < 1:
+            raise ValueError(f"{path} has {size} bytes, but its header says {promised}: truncated?")
+        return np.memmap(path, SHARDS[version], "r", 1024)
+    if not size or size % 2:
+        raise ValueError(f"{path} has {size} bytes: neither a shard nor raw uint16 tokens")
+    return np.memmap(path, "<u2", "r")
+
+
+def load_tokens(path, tokenizer="bytes"):
+    """
+    Token ids (n,) of a UTF-8 text file, of a folder of them (in order of path, as one text), or of
+    a .bin or .npy made with that tokenizer; of the default corpus if path is None. tokenizer is
+    "bytes" or any of tiktoken's. Whatever is wrong with the data is a ValueError of one line.
+    """
+    M = vocab_size(tokenizer)                            # an unknown tokenizer is an error here
+    if path is None:
+        return tokenize(library_files(), tokenizer)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix in (".npy", ".bin"):
+        tokens = open_tokens(path)
+        low, high = min(p.min() for p in pieces(tokens)), max(p.max() for p in pieces(tokens))
+        if low < 0 or high >= M:
+            raise ValueError(f"{path} has token ids {low} to {high}, beyond the {M} of {tokenizer}:"
+                             f" name the tokenizer it was made with, such as --tokenizer gpt2")
+        return tokens
+    files = sorted(f for f in path.rglob("[!.]*") if f.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} is a folder without files")
+    for f in files:
+        if f.suffix in (".npy", ".bin", ".parquet"):
+            raise ValueError(f"{f} is not text: give a .bin or .npy by its own path, and save the "
+                             f"text of a .parquet as .txt")
+    return tokenize(files, tokenizer)
+
+
+def pieces(tokens):
+    return (tokens[i:i + PIECE] for i in range(0, len(tokens), PIECE))
+
+
+def token_stats(tokens, tokenizer="bytes"):
+    """(how many, the vocabulary they need, bytes of text a token or None if unknown: offline)."""
+    top = max(int(piece.max()) for piece in pieces(tokens))
+    try:
+        encoding = None if tokenizer == "bytes" else get_encoding(tokenizer)
+    except ValueError:
+        return len(tokens), top + 1, None
+    count = len(tokens)
+    if encoding:                                         # end-of-text tokens stand for no byte
+        count = sum(len(encoding.decode_bytes(piece[piece != encoding.eot_token].tolist()))
+                    for piece in pieces(tokens))
+    return len(tokens), top + 1, count / len(tokens)
+
+
+def library_files():
+    """Every .py file of Python's standard library but its tests, in order of path."""
+    root, files = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, inside, names in os.walk(root):
+        inside[:] = set(inside) - NOT_CORPUS             # os.walk skips what is removed here
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise ValueError(f"{root} has no .py files: this Python comes without sources; give --data")
+    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
+
+
+def standard_library():
+    """The default corpus, which needs no download: (name, bytes as a uint8 array, SHA-256)."""
+    data = b"".join(path.read_bytes() for path in library_files())
+    name = f"standard library of Python {platform.python_version()}"
+    return name, np.frombuffer(data, np.uint8), hashlib.sha256(data).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------
+# What `python tasks.py` prints
+
+
+def show(setting, seed):
+    """One short test sequence, and the accuracies on the test data of the paper's baseline."""
+    width = len(str(setting.vocab_size - 1)) + 1
+
+    def row(name, cells):
+        print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+    (x,), (y,) = generate(setting, 1, seed, "test")
+    print(f"{setting.task}: {TASKS[setting.task]}")
+    row("input", x)
+    row("target", ["." if t == IGNORE else t for t in y])
+    row("scored", ["" if t == IGNORE else "^" * len(str(t)) for t in y])
+    base = BASELINES[setting.task]
+    inputs, targets = generate(base, base.num_test, seed, "test")
+    print(f"  At baseline (M {base.vocab_size}, T {base.seq_len}, {base.num_test} tests): oracle "
+          f"{accuracy(oracle(base, inputs, seed), targets):.3f}, chance {chance(base):.3f}, "
+          f"ceiling {ceiling(base):.3f}\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Show one small instance of each MAD task.")
+    parser.add_argument("--task", choices=list(TASKS), metavar="TASK",
+                        help=f"only this one of {', '.join(TASKS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
+    args = parser.parse_args()
+    for task in [args.task] if args.task else TASKS:
+        T = {"compression": 16, "memorization": 20}.get(task, 28)
+        show(dataclasses.replace(BASELINES[task], seq_len=T, num_tokens_to_copy=6), args.seed)
