@@ -93,20 +93,16 @@ def fft_length(T):
 @torch.library.custom_op("nanomad::fft_conv", mutates_args=())
 def _fft_conv(u: torch.Tensor, h: torch.Tensor
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    T = u.shape[1]
-    n = fft_length(T)
-    fu = torch.fft.rfft(u.transpose(1, 2), n)                                 # (B, D, n/2 + 1)
-    fh = torch.fft.rfft(h, n)                                                 # (D, n/2 + 1)
-    y = torch.fft.irfft(fu * fh, n)[..., :T]                                  # (B, D, T)
-    return y.transpose(1, 2).contiguous(), fu, fh                             # (B, T, D)
+    T, n = u.shape[2], fft_length(u.shape[2])
+    fu, fh = torch.fft.rfft(u, n), torch.fft.rfft(h, n)           # (B, D, n/2 + 1), (D, n/2 + 1)
+    return torch.fft.irfft(fu * fh, n)[..., :T].contiguous(), fu, fh          # (B, D, T)
 
 
 @_fft_conv.register_fake
 def _(u, h):
-    (B, T, D), f = u.shape, fft_length(u.shape[1]) // 2 + 1
-    complex_ = torch.complex128 if u.dtype == torch.float64 else torch.complex64
-    return (u.new_empty(B, T, D), u.new_empty(B, D, f, dtype=complex_),
-            u.new_empty(D, f, dtype=complex_))
+    (B, D, T), f = u.shape, fft_length(u.shape[2]) // 2 + 1
+    at = dict(dtype=torch.complex128 if u.dtype == torch.float64 else torch.complex64)
+    return u.new_empty(B, D, T), u.new_empty(B, D, f, **at), u.new_empty(D, f, **at)
 
 
 # Both gradients are correlations: du = conj(h) * g and dh = conj(u) * g in frequency. The batch is
@@ -114,18 +110,17 @@ def _(u, h):
 @torch.library.custom_op("nanomad::fft_conv_backward", mutates_args=())
 def _fft_conv_backward(g: torch.Tensor, fu: torch.Tensor, fh: torch.Tensor
                        ) -> tuple[torch.Tensor, torch.Tensor]:
-    T = g.shape[1]
-    n = fft_length(T)
-    fg = torch.fft.rfft(g.transpose(1, 2), n)                                 # (B, D, n/2 + 1)
+    T, n = g.shape[2], fft_length(g.shape[2])
+    fg = torch.fft.rfft(g, n)                                                 # (B, D, n/2 + 1)
     dh = torch.fft.irfft((fg * fu.conj()).sum(0), n)[:, :T].contiguous()      # (D, T)
-    du = torch.fft.irfft(fg.mul_(fh.conj()), n)[..., :T]                      # (B, D, T)
-    return du.transpose(1, 2).contiguous(), dh
+    du = torch.fft.irfft(fg.mul_(fh.conj()), n)[..., :T].contiguous()         # (B, D, T)
+    return du, dh
 
 
 @_fft_conv_backward.register_fake
 def _(g, fu, fh):
-    B, T, D = g.shape
-    return g.new_empty(B, T, D), g.new_empty(D, T)
+    B, D, T = g.shape
+    return g.new_empty(B, D, T), g.new_empty(D, T)
 
 
 def _fft_conv_save(ctx, inputs, output):
@@ -140,9 +135,9 @@ _fft_conv.register_autograd(_fft_conv_grad, setup_context=_fft_conv_save)
 
 
 def toeplitz(h, T):
-    """h (D, T') -> (D, T, T), entry (t, s) = h_{t-s} for s <= t and 0 above the diagonal."""
+    """h (D, T') -> (D, T, T), entry (s, t) = h_{t-s} for s <= t and 0 below the diagonal."""
     h = F.pad(h[:, :T], (T - 1, 0))                                           # (D, 2T - 1)
-    return h.unfold(-1, T, 1).flip(-1)
+    return h.unfold(-1, T, 1).flip(-2)
 
 
 @defined_by(long_conv_reference)
@@ -160,8 +155,8 @@ def long_conv(u, h, method="auto"):
     if method == "auto":
         method = "toeplitz" if T <= (64 if u.device.type == "cpu" else 512) else "fft"
     if method == "fft":
-        return _fft_conv(u, h[:, :T])[0]
-    return (toeplitz(h, T) @ u.permute(2, 1, 0)).permute(2, 1, 0)             # bmm (D, T, B)
+        return _fft_conv(u.mT, h[:, :T])[0].mT          # time last: what an FFT reads is in a row
+    return (u.permute(2, 0, 1) @ toeplitz(h, T)).permute(1, 2, 0)             # bmm (D, B, T)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -169,17 +164,17 @@ def long_conv(u, h, method="auto"):
 
 
 def short_conv_reference(x, w):
-    """The definition. x (B, T, C), taps w (width, C) -> (B, T, C)."""
-    return torch.stack([sum(w[i] * x[:, t - i] for i in range(min(len(w), t + 1)))
-                        for t in range(x.shape[1])], 1)
+    """The definition. x (B, C, T), taps w (C, width) -> (B, C, T)."""
+    return torch.stack([sum(w[:, i] * x[..., t - i] for i in range(min(w.shape[1], t + 1)))
+                        for t in range(x.shape[-1])], -1)
 
 
 @defined_by(short_conv_reference)
 def short_conv(x, w):
-    """The same as a sum of shifted products, which on CPU beats conv1d and its transposes."""
-    width, T = len(w), x.shape[1]
-    x = F.pad(x, (0, 0, width - 1, 0))                                        # (B, T + width-1, C)
-    return sum(w[i] * x[:, width - 1 - i:width - 1 - i + T] for i in range(width))
+    """The same as a sum of shifted products: on a CPU ahead of conv1d (results/layers.txt)."""
+    T, width = x.shape[-1], w.shape[1]
+    x = F.pad(x, (width - 1, 0))                                              # (B, C, T + width-1)
+    return sum(w[:, i, None] * x[..., width - 1 - i:width - 1 - i + T] for i in range(width))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -402,12 +397,20 @@ def linear(inputs, outputs):
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def split_heads(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                       # (B, H, T, K)
+def split_heads(x, *shape):
+    """(B, C, T), time last -> (B, *shape, K, T)."""
+    return x.unflatten(1, (*shape, -1))
 
 
 def merge_heads(x):
-    return x.transpose(1, 2).flatten(2)                                       # (B, T, D)
+    """(B, H, T, K) -> (B, T, D)."""
+    return x.mT.flatten(1, 2).mT
+
+
+def check_heads(dim, heads, even=False):
+    if dim % heads or (even and dim // heads % 2):
+        raise ValueError(f"heads={heads!r} does not divide width {dim} into heads of "
+                         f"{'an even' if even else 'a whole'} width")
 
 
 def token_shift(x):
@@ -415,25 +418,25 @@ def token_shift(x):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution; its state is the last width - 1 inputs."""
+    """Causal depthwise convolution of x (B, C, T); its state is the last width - 1 inputs."""
 
     def __init__(self, channels, width, bias=False):
         super().__init__()
-        self.taps = nn.Parameter(torch.empty(width, channels).uniform_(-1, 1) / width ** 0.5)
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.taps = nn.Parameter(torch.empty(channels, width).uniform_(-1, 1) / width ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(channels, 1)) if bias else None
 
-    def forward(self, x):                                                     # (B, T, C)
+    def forward(self, x):                                                     # (B, C, T)
         y = short_conv(x, self.taps.to(x.dtype))
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def init_state(self, batch, device=None, dtype=None):
-        width, channels = self.taps.shape
-        return torch.zeros(batch, width - 1, channels, device=device, dtype=dtype)
+        channels, width = self.taps.shape
+        return torch.zeros(batch, channels, width - 1, device=device, dtype=dtype)
 
-    def step(self, x, tail):
-        window = torch.cat((tail, x[:, None]), 1)                             # (B, width, C)
-        y = (window * self.taps.flip(0)).sum(1)
-        return y if self.bias is None else y + self.bias, window[:, 1:]
+    def step(self, x, tail):                                                  # x (B, C)
+        window = torch.cat((tail, x[..., None]), -1)                          # (B, C, width)
+        y = (window * self.taps.flip(1)).sum(-1)
+        return y if self.bias is None else y + self.bias[:, 0], window[..., 1:]
 
 
 # =================================================================================================
@@ -485,19 +488,23 @@ def causal_attention(q, k, v, window=None):
     for t in range(0, T, rows):
         end = min(t + rows, T)
         seen = torch.ones(end - t, end, dtype=torch.bool, device=q.device).tril(t)
-        scores = q[:, :, t:end] @ k[:, :, :end].mT + hide(seen, q)            # softmax: float32 inside
-        ys.append(scores.softmax(-1) @ v[:, :, :end])
-    return torch.cat(ys, 2)
+        scores = q[:, :, t:end] @ k[:, :, :end].mT + hide(seen, q)
+        ys.append(v[:, :, :end].mT @ scores.softmax(-1).mT)                   # (B, H, K, rows)
+    return torch.cat(ys, 3).mT                          # wide products: p @ v would be K columns
 
 
-def rotate(x, position):
-    """Rotary positions (Su et al. 2021): channel pair i of x (.., T, K) turns by t 10000^(-2i/K)."""
-    half = x.shape[-1] // 2
-    rate = 10000.0 ** -(torch.arange(half, device=x.device) / half)
-    angle = position[..., None] * rate                                        # (T, K/2)
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half], x[..., half:2 * half]
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
+def rotary_table(position, width):
+    """cos and sin (K/2, T) of the angles t 10000^(-2i/K) (Su et al. 2021)."""
+    half = width // 2
+    angle = 10000.0 ** -(torch.arange(half, device=position.device) / half)[:, None] * position
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x, table):
+    """Rotary positions: turn pair (i, i + K/2) of the channels of x (B, H, K, T) by its angle."""
+    half, (cos, sin) = x.shape[-2] // 2, table
+    a, b = x[..., :half, :], x[..., half:, :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -2).to(x.dtype)
 
 
 class Attention(Layer):
@@ -510,16 +517,23 @@ class Attention(Layer):
 
     def __init__(self, dim, max_len, heads=16, window=None):
         super().__init__()
+        check_heads(dim, heads, even=True)
         self.dim, self.heads, self.window = dim, heads, window
         self.qkv, self.out = linear(dim, 3 * dim), linear(dim, dim)
+        # A table, since a compiler would compute each cosine anew for every batch and head.
+        self.register_buffer("table", rotary_table(torch.arange(max_len), dim // heads), False)
 
-    def project(self, x, position):
-        q, k, v = (split_heads(p, self.heads) for p in self.qkv(x).chunk(3, -1))
-        return rotate(q, position), rotate(k, position), v                    # (B, H, T, K)
+    def project(self, x, table):
+        """q, k, v (B, H, T, K), time contiguous in memory."""
+        q, k, v = split_heads(self.qkv(x).mT, 3, self.heads).unbind(1)        # (B, H, K, T)
+        return rotate(q, table).mT, rotate(k, table).mT, v.mT
 
     def forward(self, x):
-        q, k, v = self.project(x, torch.arange(x.shape[1], device=x.device))
-        return self.out(merge_heads(causal_attention(q, k, v, self.window)))
+        T = x.shape[1]
+        table = self.table[..., :T] if T <= self.table.shape[-1] else \
+            rotary_table(torch.arange(T, device=x.device), self.dim // self.heads)
+        y = causal_attention(*self.project(x, table), self.window)
+        return self.out(merge_heads(y))
 
     def init_state(self, batch, device=None, dtype=None):
         length = self.window or 0
@@ -529,7 +543,7 @@ class Attention(Layer):
 
     def step(self, x, state):
         keys, values, t = state
-        q, k, v = self.project(x[:, None], t[None])
+        q, k, v = self.project(x[:, None], rotary_table(t[None], self.dim // self.heads))
         if self.window is None:
             keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
             seen = torch.ones(1, keys.shape[2], dtype=torch.bool, device=x.device)
@@ -658,16 +672,17 @@ class Hyena(Layer):
         self.short = ShortConv(3 * self.inner, kernel)
         self.filter = make_filter(filter, self.inner, max_len, order)
 
-    def project(self, x):                                                     # (.., D)
-        x = self.qkv(x).unflatten(-1, (3, 1, self.dim))
-        return x.expand(*x.shape[:-2], self.expand, self.dim).flatten(-3)     # (.., 3 inner)
+    def project(self, x):                                                     # (B, T, D)
+        x = self.qkv(x).mT.unflatten(1, (3, 1, self.dim))                     # (B, 3, 1, D, T)
+        return x.expand(-1, -1, self.expand, -1, -1).flatten(1, 3)            # (B, 3 inner, T)
 
     def readout(self, y, x):
         return self.out(y.to(x.dtype))
 
     def forward(self, x):
-        q, k, v = self.short(self.project(x)).chunk(3, -1)                    # (B, T, inner)
-        return self.readout(q * long_conv(k * v, self.filter(x.shape[1])), x)
+        q, k, v = self.short(self.project(x)).chunk(3, 1)                     # (B, inner, T)
+        y = long_conv((k * v).mT, self.filter(x.shape[1]))                    # (B, T, inner)
+        return self.readout(q.mT * y, x)
 
     def init_state(self, batch, device=None, dtype=None):
         at = dict(device=device, dtype=dtype)
@@ -675,14 +690,14 @@ class Hyena(Layer):
 
     def step(self, x, state):
         tail, memory = state
-        mixed, tail = self.short.step(self.project(x), tail)
+        mixed, tail = self.short.step(self.project(x[:, None])[..., 0], tail)
         q, k, v = mixed.chunk(3, -1)                                          # (B, inner)
         y, memory = self.filter.step(k * v, memory)
         return self.readout(q * y, x), (tail, memory)
 
     def mixing_flops(self, T):
         """Short convolution 6 a tap and channel, FFTs 10 log2 T, two gates (paper, appendix)."""
-        taps = len(self.short.taps)
+        taps = self.short.taps.shape[1]
         return int(T * self.inner * (6 * taps + 10 * math.log2(max(T, 2)) + 4))
 
     def nominal(self, T):
@@ -738,7 +753,12 @@ def toeplitz_attention(q, k, v, h, method="auto"):
     if method == "auto":
         method = "mask" if T <= (256 if q.device.type == "cpu" else 2048) else "fft"
     if method == "mask":
-        return (q @ k.mT * toeplitz(h, T).to(q.dtype)) @ v
+        mask, ys = toeplitz(h, T).to(q.dtype), []                             # (H, s, t)
+        for t in range(0, T, rows := max(64, -(-T // 4))):       # blocks skip what is masked anyway
+            end = min(t + rows, T)
+            scores = k[:, :, :end] @ q[:, :, t:end].mT * mask[:, :end, t:end]
+            ys.append(v[:, :, :end].mT @ scores)                              # (B, H, V, rows)
+        return torch.cat(ys, 3).mT
     kv = (k[..., None] * v[..., None, :]).transpose(1, 2)                     # (B, T, H, K, V)
     h = h.repeat_interleave(K * v.shape[-1], 0)                               # (H K V, T)
     y = long_conv(kv.flatten(2), h).view(kv.shape)
@@ -755,13 +775,14 @@ class MultiHeadHyena(Layer):
 
     def __init__(self, dim, max_len, heads=16, kernel=3, order=2, filter="implicit"):
         super().__init__()
+        check_heads(dim, heads)
         self.dim, self.heads, self.order = dim, heads, order
         self.qkv, self.out = linear(dim, 3 * dim), linear(dim, dim)
         self.short = ShortConv(3 * dim, kernel)
         self.filter = make_filter(filter, heads, max_len, order)
 
     def forward(self, x):
-        q, k, v = (split_heads(p, self.heads) for p in self.short(self.qkv(x)).chunk(3, -1))
+        q, k, v = split_heads(self.short(self.qkv(x).mT), 3, self.heads).mT.unbind(1)
         y = toeplitz_attention(q, k, v, self.filter(x.shape[1]))              # (B, H, T, V)
         return self.out(merge_heads(y).to(x.dtype))
 
@@ -816,6 +837,7 @@ class GatedLinearRecurrence(Layer):
 
     def __init__(self, dim, heads):
         super().__init__()
+        check_heads(dim, heads)
         self.dim, self.heads, self.width = dim, heads, dim // heads
         self.out = linear(dim, dim)
 
@@ -866,7 +888,7 @@ class LinearAttention(GatedLinearRecurrence):
         return a * b
 
     def project(self, x, _):
-        q, k, v = (split_heads(p, self.heads) for p in self.qkv(x).chunk(3, -1))
+        q, k, v = split_heads(self.qkv(x).mT, 3, self.heads).mT.unbind(1)
         v = F.pad(v, (0, 1), value=1.0)                                       # (B, H, T, V + 1)
         return self.feature(self.phi_q, q), self.feature(self.phi_k, k), v, None, None, None
 
@@ -894,7 +916,7 @@ class GatedLinearAttention(GatedLinearRecurrence):
     def project(self, x, _):
         q, k, v, gate = self.qkvg(x).chunk(4, -1)
         log_a = F.logsigmoid(at_least_float32(self.decay(x))) / 16
-        q, k, v, log_a = (split_heads(p, self.heads) for p in (q, k, v, log_a))
+        q, k, v, log_a = (split_heads(p.mT, self.heads).mT for p in (q, k, v, log_a))
         return q * self.width ** -0.5, k, v, log_a, None, gate
 
     def readout(self, y, gate):
@@ -927,7 +949,7 @@ class RWKV5(GatedLinearRecurrence):
 
     def project(self, x, before):
         xr, xk, xv, xg, xw = self.mixtures(x, before)
-        q, k, v, log_a = (split_heads(p, self.heads) for p in
+        q, k, v, log_a = (split_heads(p.mT, self.heads).mT for p in
                           (self.r(xr), self.k(xk), self.v(xv), self.log_decay(xw)))
         return q * self.width ** -0.5, k, v, log_a, self.bonus, self.g(xg)
 
@@ -1000,7 +1022,7 @@ class Mamba(Layer):
 
     def forward(self, x):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
-        x = F.silu(self.short(x))
+        x = F.silu(self.short(x.mT).mT)
         a, b, C = self.discretize(x)                                          # (B, T, inner, N)
         return self.readout(linear_scan(a, b), C, x, z)
 
@@ -1019,7 +1041,7 @@ class Mamba(Layer):
 
     def mixing_flops(self, T):
         """Short convolution 2 a tap; discretisation 3, recurrence 2 and read-out 2 a state."""
-        return T * self.inner * (2 * len(self.short.taps) + 7 * self.state + 4)
+        return T * self.inner * (2 * self.short.taps.shape[1] + 7 * self.state + 4)
 
     def nominal(self, T):
         return self.inner * self.state
