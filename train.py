@@ -86,7 +86,7 @@ class TrainConfig:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_field(f, getattr(self, f.name))
-        self.pattern                                  # an unknown architecture is an error here
+        self.pattern, self.setting, self.run_name     # an impossible one is an error here
 
     @property
     def pattern(self):
@@ -379,11 +379,11 @@ def git_hash():
         return None
 
 
-def open_folder(config):
+def find_folder(config):
     """
-    The run's folder: new, or holding the same run (same options, same code). A folder of another
-    run is left alone: with a default name the run takes the next free one, with --name it stops.
-    Returns (folder, note or None). ValueError shows the difference.
+    The run's folder: a new one, or one that holds the same run (same options, same code). A folder
+    of another run is left alone: with a default name the run takes the next free one, with --name
+    it stops. Returns (folder, note or None), makes nothing. ValueError shows the difference.
     """
     base, wanted = Path(config.out) / config.run_name, identity(config)
     for attempt in range(1, 1000):
@@ -402,9 +402,6 @@ def open_folder(config):
         if config.name is not None:
             raise ValueError(f"{folder} holds another run ({'; '.join(differ)}); "
                              f"choose another --name")
-    folder.mkdir(parents=True, exist_ok=True)
-    if found is None:
-        write_json(folder / "config.json", wanted)
     return folder, (f"{base} holds a run of other code, so this one goes into {folder}"
                     if folder != base else None)
 
@@ -431,6 +428,9 @@ class Run:
         self.log_path = folder / "log.jsonl"
         self.choose_machine()
         self.build()
+        folder.mkdir(parents=True, exist_ok=True)     # what is wrong with the options is known now
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", identity(config))
         self.load()
         self.choose_graph()
 
@@ -523,7 +523,7 @@ class Run:
         return tokens.numel(), loss.detach()
 
     def some_steps(self, bar):
-        """Steps up to the next log line or test, then one look at the loss."""
+        """Steps up to the next log line or test, then one look at the loss; less on a signal."""
         start, tokens = time.perf_counter(), 0
         next_one = lambda every: (self.step // every + 1) * every
         until = min(self.steps, next_one(LOG_EVERY), next_one(self.eval_every))
@@ -531,7 +531,7 @@ class Run:
             count, loss = self.one_step()
             tokens += count
             bar.update()
-            if self.signal:
+            if self.signal and self.step < until:
                 return
         loss, rate = float(loss), self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss):
@@ -559,10 +559,8 @@ class Run:
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
                   desc=self.config.layers or self.config.arch) as bar, catching_signals(self):
             while self.ended is None and self.signal is None:
-                if self.step < self.steps:
-                    self.some_steps(bar)
-                if self.signal is None and (self.step % self.eval_every == 0
-                                            or self.step == self.steps):
+                self.some_steps(bar)
+                if self.step % self.eval_every == 0 or self.step == self.steps:
                     self.test()
                 if self.step == self.steps:
                     self.ended = self.ended or "all steps done"
@@ -612,7 +610,7 @@ class Interrupted(Exception):
 
 def train(config, say=print):
     """One run, from its folder's state to its end. Returns the contents of its result.json."""
-    folder, note = open_folder(config)
+    folder, note = find_folder(config)
     if note:
         say(f"note     {note}")
     done = folder / "result.json"
@@ -625,8 +623,9 @@ def train(config, say=print):
     if not run.go():
         raise Interrupted(f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the "
                           f"same command goes on from there", run.signal)
-    write_json(done, run.result())
-    return run.result() | dict(folder=str(folder))
+    result = run.result()
+    write_json(done, result)
+    return result | dict(folder=str(folder))
 
 
 def summary(config, r):
