@@ -22,11 +22,15 @@ To add your own: one class, one line in `LAYERS`. The tests, benchmark and --arc
 """
 import argparse
 import contextlib
+import ctypes
 import difflib
 import functools
 import inspect
 import math
+import platform
+import re
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -1232,3 +1236,134 @@ def build_layer(name, dim, max_len, **overrides):
         if key not in allowed:
             raise ValueError(f"{name} has no setting {key!r}; it has: {', '.join(allowed)}")
     return cls(dim, max_len, **{**settings, **overrides})
+
+
+# =================================================================================================
+# Speed: what this machine is good for, and `python layers.py`
+# =================================================================================================
+
+
+def tune_allocator():
+    """
+    glibc returns large buffers to the system after use and gets them back zeroed, page by page, at
+    the next step: half the time of small models on a CPU. Tell it to keep them. Returns why (not).
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return f"left alone: no glibc on {platform.system()}"
+    most, trim_threshold, mmap_threshold = 2 ** 31 - 1, -1, -3
+    kept = mallopt(mmap_threshold, most) and mallopt(trim_threshold, most)
+    return "keeps its buffers between steps (glibc mallopt)" if kept else "left alone: refused"
+
+
+def seconds(f, device="cpu", repeat=5):
+    """The fastest of a few calls, after one to warm up (repeat 0: a single call)."""
+    best = math.inf
+    for i in range(repeat + 1):
+        start = time.perf_counter()
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start) if i or not repeat else best
+    return best
+
+
+def fastest_dtype(device):
+    """torch.bfloat16 or torch.float32 for matrix products on this device, and why."""
+    if device == "cuda":
+        good = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "this GPU has units for it") if good else \
+               (torch.float32, "this GPU has no bfloat16 units")
+    if device == "mps":
+        return torch.float32, "not measured to be slower than bfloat16 on Apple GPUs"
+    x, w = torch.randn(4096, 128), torch.randn(128, 512)
+    slow = seconds(lambda: x @ w)
+    x, w = x.bfloat16(), w.bfloat16()
+    gain = slow / seconds(lambda: x @ w)
+    return (torch.bfloat16 if gain > 1.2 else torch.float32,
+            f"a product in bfloat16 is measured {gain:.1f} times as fast as in float32")
+
+
+
+def peak_memory(f, device):
+    """MB that f holds at its peak beyond what was held before; None where that can't be read."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")                # Linux: forget the peak so far
+        held = lambda key: int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        before = held("VmRSS")
+        f()
+        return (held("VmHWM") - before) / 1024
+    except (OSError, AttributeError):
+        return None
+
+
+def time_layer(layer, B, T, D, device, dtype, compiled=False, repeat=5):
+    """Seconds of forward and of forward + backward (input's gradient too), and a function of it."""
+    x = torch.randn(B, T, D, device=device, requires_grad=True)
+    run = torch.compile(layer, dynamic=False) if compiled else layer
+    wrt = [x, *layer.parameters()]
+
+    def forward():
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return run(x)
+
+    def both():
+        y = forward()
+        torch.autograd.grad(y, wrt, torch.ones_like(y))
+    return seconds(forward, device, repeat), seconds(both, device, repeat), both
+
+
+def benchmark(names, B, T, D, device, compiled, reference):
+    """A table: times in ms and in units of one 1024^3 float32 matrix product in this process."""
+    dtype, why = fastest_dtype(device)
+    a, b = torch.randn(2, 1024, 1024, device=device)
+    print(f"{device}, {str(dtype)[6:]} ({why}), allocator {tune_allocator()}, torch "
+          f"{torch.__version__}, {torch.get_num_threads()} threads, B {B}, T {T}, D {D}, "
+          f"{'compiled' if compiled else 'not compiled'}\n"
+          f"unit: a 1024^3 float32 product, {1e3 * seconds(lambda: a @ b, device, 20):.1f} ms\n\n"
+          f"{'layer':<27}{'fwd ms':>8}{'f+b ms':>9}{'units':>7}{'loop units':>11}{'peak MB':>9}"
+          f"{'T->2T':>7}{'state':>9}{'MFLOP/token':>12}")
+    for name in names:
+        torch.manual_seed(0)
+        layer = build_layer(name, D, 2 * T).to(device)
+        forward, both, again = time_layer(layer, B, T, D, device, dtype, compiled)
+        unit = seconds(lambda: a @ b, device, 20)                # next to it: machines drift
+        memory, slow = peak_memory(again, device), math.nan
+        double = time_layer(layer, B, 2 * T, D, device, dtype, compiled)[1]
+        if reference:
+            with plain_loops():
+                slow = time_layer(layer, B, T, D, device, torch.float32, repeat=0)[1]
+        state = layer.init_state(1)
+        for _ in range(2):
+            state = layer.step(torch.zeros(1, D, device=device), state)[1]
+        print(f"{name:<27}{1e3 * forward:>8.1f}{1e3 * both:>9.1f}{both / unit:>7.1f}"
+              f"{slow / unit:>11.1f}{memory or math.nan:>9.0f}{double / both:>7.2f}"
+              f"{count_state(state):>9,}{layer.flops(T) / T / 1e6:>12.3f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time every layer's fast path against its loop.")
+    parser.add_argument("--layers", default=",".join(LAYERS), help="names, with commas between")
+    parser.add_argument("--long", action="store_true", help="B 2, T 4096, D 512 (not 8, 1024, 128)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers, as train.py may")
+    parser.add_argument("--no-loops", action="store_true", help="skip the slow loops")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cuda or cpu (default: cuda if there is one)")
+    args = parser.parse_args()
+    names = args.layers.split(",")
+    for name in names:
+        if name not in LAYERS:
+            parser.error(f"unknown layer {name!r}; the layers are: {', '.join(LAYERS)}")
+    B, T, D = (2, 4096, 512) if args.long else (8, 1024, 128)
+    benchmark(names, B, T, D, args.device, args.compile, not args.no_loops)
+
+
+if __name__ == "__main__":
+    main()

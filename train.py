@@ -9,7 +9,7 @@ How a model learns: one run of one task, from the command line to a folder of re
 
 Protocol (Poli et al. 2024; mad.md, section 1): AdamW with betas (0.9, 0.98), cosine decay to 1e-6,
 no warmup, no clipping, batch 128; a run may end at 99.9% test accuracy. The paper trains for 200
-epochs (--epochs 200); the default is 5, enough to see what an architecture is good for.
+epochs (--epochs 200); the default is 4, enough to see what an architecture is good for.
 
 A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt.pt, result.json.
 
@@ -17,7 +17,6 @@ A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt
 """
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -40,6 +39,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
+from layers import fastest_dtype, seconds, tune_allocator
 from model import ARCHS, Model, decayed, find_pattern, ledger, show_ledger, total
 
 # =================================================================================================
@@ -67,7 +67,7 @@ class TrainConfig:
     vocab_size: int | None = option(None, "vocabulary of the task", low=1)
     num_train: int | None = option(None, "training sequences", low=1)
     dim: int = option(128, "width D of the model", low=1)
-    epochs: int = option(5, "passes over the training data (the paper: 200)", low=1)
+    epochs: int = option(4, "passes over the training data (the paper: 200)", low=1)
     steps: int | None = option(None, "optimizer steps, instead of epochs", low=1)
     batch_size: int = option(128, "sequences a step", low=1)
     lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
@@ -80,7 +80,7 @@ class TrainConfig:
     compile: str = choice("auto", "on", "off", text="torch.compile")
     out: str = option("out", "folder that run folders go into")
     name: str | None = option(None, "of the run's folder; the default is made from the options")
-    eval_every: int | None = option(None, "steps between tests; the default is one epoch", low=1)
+    eval_every: int | None = option(None, "steps between tests; the default is half an epoch", low=1)
     early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0)
 
     def __post_init__(self):
@@ -174,50 +174,6 @@ def choose_device(wanted):
     if torch.backends.mps.is_available():
         return "mps", "Apple GPU"
     return "cpu", f"neither CUDA nor MPS is there; {torch.get_num_threads()} threads"
-
-
-def tune_allocator():
-    """
-    glibc returns large buffers to the system after use and gets them back zeroed, page by page, at
-    the next step: half the time of small models on a CPU. Tell it to keep them. Returns why (not).
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return f"left alone: no glibc on {platform.system()}"
-    most, trim_threshold, mmap_threshold = 2 ** 31 - 1, -1, -3
-    kept = mallopt(mmap_threshold, most) and mallopt(trim_threshold, most)
-    return "keeps its buffers between steps (glibc mallopt)" if kept else "left alone: refused"
-
-
-def seconds(f, device="cpu", repeat=5):
-    """The fastest of a few calls, after one to warm up."""
-    best = math.inf
-    for i in range(repeat + 1):
-        start = time.perf_counter()
-        f()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start) if i else best
-    return best
-
-
-def choose_dtype(wanted, device):
-    """torch.bfloat16 (autocast) or torch.float32, and why."""
-    if wanted != "auto":
-        return getattr(torch, wanted), "asked for"
-    if device == "cuda":
-        good = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (torch.bfloat16, "this GPU has units for it") if good else \
-               (torch.float32, "this GPU has no bfloat16 units")
-    if device == "mps":
-        return torch.float32, "not measured to be slower than bfloat16 on Apple GPUs"
-    x, w = torch.randn(4096, 128), torch.randn(128, 512)
-    slow = seconds(lambda: x @ w)
-    x, w = x.bfloat16(), w.bfloat16()
-    gain = slow / seconds(lambda: x @ w)
-    return (torch.bfloat16 if gain > 1.2 else torch.float32,
-            f"a product in bfloat16 is measured {gain:.1f} times as fast as in float32")
 
 
 def has_compiler():
@@ -440,7 +396,8 @@ class Run:
         if self.device == "cpu":
             self.say(f"memory   the allocator {tune_allocator()}")
             torch.set_flush_denormal(True)        # numbers below 1e-38 cost 100 times the time
-        self.dtype, reason = choose_dtype(self.config.dtype, self.device)
+        self.dtype, reason = (fastest_dtype(self.device) if self.config.dtype == "auto" else
+                              (getattr(torch, self.config.dtype), "asked for"))
         self.say(f"dtype    {str(self.dtype)[6:]}: {reason}")
 
     def build(self):
@@ -448,7 +405,7 @@ class Run:
         config, setting = self.config, self.config.setting
         self.data = data = TaskData(setting, config.batch_size, config.seed, self.device)
         self.steps = config.steps or config.epochs * data.epoch_steps
-        self.eval_every = config.eval_every or data.epoch_steps
+        self.eval_every = config.eval_every or max(1, data.epoch_steps // 2)
         self.say(f"data     {config.task}: {len(data.train):,} training and {len(data.test):,} "
                  f"test sequences of {setting.length} tokens, vocabulary {setting.vocab_size}")
         torch.manual_seed(config.seed)
