@@ -1014,24 +1014,24 @@ class Mamba(Layer):
         self.D = nn.Parameter(torch.ones(self.inner))
 
     def discretize(self, x):
-        """x (.., C) -> a, b (.., C, N) of h = a h + b, and the read-out C (.., 1, N)."""
+        """x (.., C) -> a, b (.., N, C) of h = a h + b, and the read-out C (.., N, 1)."""
         dt, B, C = self.dt_B_C(x).split((self.dt_rank, self.state, self.state), -1)
-        dt = F.softplus(at_least_float32(self.dt_up(dt)) + self.dt_bias)[..., None]   # (.., C, 1)
-        a = (dt * -self.A_log.exp()).exp()
-        return a, dt * at_least_float32(x)[..., None] * B[..., None, :], C[..., None, :]
+        dt = F.softplus(at_least_float32(self.dt_up(dt)) + self.dt_bias)      # (.., C)
+        a = (dt[..., None, :] * -self.A_log.exp().T).exp()                    # (.., N, C)
+        return a, (dt * x)[..., None, :] * B[..., None], C[..., None]
 
     def readout(self, h, C, x, z):
-        y = (h * C).sum(-1) + self.D * x                                      # (.., C)
+        y = (h * C).sum(-2) + self.D * x                                      # (.., C)
         return self.out((y * F.silu(z)).to(z.dtype))
 
     def forward(self, x):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
         x = F.silu(self.short(x.mT).mT)
-        a, b, C = self.discretize(x)                                          # (B, T, inner, N)
+        a, b, C = self.discretize(x)                                          # (B, T, N, inner)
         return self.readout(linear_scan(a, b), C, x, z)
 
     def init_state(self, batch, device=None, dtype=None):
-        h = torch.zeros(batch, self.inner, self.state, device=device, dtype=dtype)
+        h = torch.zeros(batch, self.state, self.inner, device=device, dtype=dtype)
         return self.short.init_state(batch, device, dtype), h
 
     def step(self, x, state):
