@@ -263,6 +263,110 @@ def linear_scan(a, b):
 
 
 # -------------------------------------------------------------------------------------------------
+#   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,     y_t = C_t . h_t          (a state of N a channel)
+
+
+def selective_scan_reference(x, dt, A, B, C):
+    """The definition. x, dt (B, T, C), A (C, N), B and C (B, T, N) -> y (B, T, C)."""
+    h, ys = x.new_zeros(x.shape[0], A.shape[1], x.shape[2]), []               # (B, N, C)
+    for t in range(x.shape[1]):
+        h = (dt[:, t, None] * A.T).exp() * h + (dt * x)[:, t, None] * B[:, t, :, None]
+        ys.append((h * C[:, t, :, None]).sum(1))
+    return torch.stack(ys, 1)
+
+
+# a, b and h are N times as large as x and y. On a CPU they never leave its cache: a stretch of time
+# is computed whole before the next begins, and computed again in the backward pass from the state
+# that it began with (the idea of Mamba's kernel, section 3.3.2, one level of memory further up).
+CACHED = 1 << 19                      # numbers of one such array in a stretch: 2 MB in float32
+
+
+def _stretches(x, N):
+    steps = max(1, CACHED // (x.shape[0] * x.shape[2] * N))
+    return [slice(t, t + steps) for t in range(0, x.shape[1], steps)]
+
+
+def _states(x, dt, A, B, h):
+    """Decays a and states (B, steps, N, C) of a stretch that begins with h (B, N, C); A (N, C)."""
+    a = (dt[:, :, None] * A).exp_()
+    b = (dt * x)[:, :, None] * B[..., None]
+    b[:, 0] += a[:, 0] * h
+    return a, _scan_loop(a, b, False)
+
+
+@torch.library.custom_op("nanomad::selective_scan", mutates_args=())
+def _selective_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+                    C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h, ys, starts = x.new_zeros(x.shape[0], *A.shape), [], []
+    for s in _stretches(x, len(A)):
+        starts.append(h)
+        h = _states(x[:, s], dt[:, s], A, B[:, s], h)[1]
+        ys.append((h * C[:, s, :, None]).sum(2))
+        h = h[:, -1].clone()
+    return torch.cat(ys, 1), torch.stack(starts)                              # starts (., B, N, C)
+
+
+@_selective_scan.register_fake
+def _(x, dt, A, B, C):
+    starts = len(_stretches(x, len(A)))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), \
+        x.new_empty(starts, x.shape[0], *A.shape)
+
+
+@torch.library.custom_op("nanomad::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+        g: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+        C: torch.Tensor, starts: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, ddt, dA, dB, dC = (torch.zeros_like(w, memory_format=torch.contiguous_format)
+                           for w in (x, dt, A, B, C))
+    later = torch.zeros_like(starts[0])                   # gradient that comes from the next stretch
+    for i, s in reversed(list(enumerate(_stretches(x, len(A))))):
+        a, h = _states(x[:, s], dt[:, s], A, B[:, s], starts[i])
+        dh = g[:, s, None] * C[:, s, :, None]                                 # (B, steps, N, C)
+        dh[:, -1] += later
+        dh = _scan_loop(a, dh, True)
+        later = a[:, 0] * dh[:, 0]
+        dC[:, s] = (h * g[:, s, None]).sum(-1)
+        dB[:, s] = (dh * (dt[:, s] * x[:, s])[:, :, None]).sum(-1)
+        into = (dh * B[:, s, :, None]).sum(2)                                 # d / d (dt x)
+        a[:, 0] *= starts[i]
+        a[:, 1:] *= h[:, :-1]
+        a *= dh                                                               # d / d (dt A)
+        dA += (a * dt[:, s, None]).sum((0, 1))
+        ddt[:, s] = (a * A).sum(2) + into * x[:, s]
+        dx[:, s] = into * dt[:, s]
+    return dx, ddt, dA, dB, dC
+
+
+@_selective_scan_backward.register_fake
+def _(g, x, dt, A, B, C, starts):
+    return tuple(torch.empty_like(w, memory_format=torch.contiguous_format)
+                 for w in (x, dt, A, B, C))
+
+
+def _selective_scan_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _selective_scan_grad(ctx, g, _):
+    return _selective_scan_backward(g, *ctx.saved_tensors)
+
+
+_selective_scan.register_autograd(_selective_scan_grad, setup_context=_selective_scan_save)
+
+
+@defined_by(selective_scan_reference)
+def selective_scan(x, dt, A, B, C):
+    """Mamba's recurrence. x, dt (B, T, C), A (C, N), B and C (B, T, N) -> y (B, T, C), float32."""
+    x, dt, A, B, C = at_least_float32(x, dt, A, B, C)
+    if x.device.type == "cpu":
+        return _selective_scan(x, dt, A.T.contiguous(), B, C)[0]
+    a, b = (dt[:, :, None] * A.T).exp(), (dt * x)[:, :, None] * B[..., None]  # (B, T, N, C)
+    return (linear_scan(a, b) * C[..., None]).sum(2)
+
+
+# -------------------------------------------------------------------------------------------------
 #   S_t = diag(a_t) S_{t-1} + k_t v_t^T                y_t = S_t^T q_t
 #   with a bonus u (RWKV):                             y_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t
 
@@ -297,26 +401,22 @@ def decayed_scores(q, k, log_a, u):
     by its middle, so its decay is that from the middle to t times that from s to the middle: two
     factors, each at most 1, and a matrix product.
     """
-    C, K = q.shape[-2:]
-    blocks = lambda x, m: x.unflatten(-2, (C // (2 * m), 2, m)).unbind(-3)    # two (.., n, m, K)
+    C = q.shape[-2]
+    halves = lambda x, m: x.unflatten(-2, (-1, 2, m)).unbind(-3)              # two (.., n, m, K)
     scores = (q * (k if u is None else u[:, None, None] * k)).sum(-1)[..., None, None]
-    if log_a is not None:                            # blocks of one token: what q reads, k leaves
-        to_t, from_s = log_a if u is None else torch.zeros_like(log_a), torch.zeros_like(log_a)
-        total = log_a[..., None, :]                                           # (.., n, 1, K)
+    to_t, from_s = log_a if u is None else torch.zeros_like(log_a), torch.zeros_like(log_a)
+    total = log_a[..., None, :]                                               # (.., n, 1, K)
     for m in (2 ** i for i in range(C.bit_length() - 1)):
-        late, early = blocks(q, m)[1], blocks(k, m)[0]                        # (.., n, m, K)
-        if log_a is not None:
-            (t0, t1), (s0, s1) = blocks(to_t, m), blocks(from_s, m)
-            late, early = late * t1.exp(), early * s0.exp()
-            left, right = total.unflatten(-3, (-1, 2)).unbind(-3)             # (.., n, 1, K)
-            to_t = torch.stack((t0, t1 + left), -3).flatten(-4, -2)           # (.., C, K)
-            from_s = torch.stack((s0 + right, s1), -3).flatten(-4, -2)
-            total = left + right
+        (t0, t1), (s0, s1) = halves(to_t, m), halves(from_s, m)               # (.., n, m, K)
+        late, early = halves(q, m)[1] * t1.exp(), halves(k, m)[0] * s0.exp()
+        left, right = total.unflatten(-3, (-1, 2)).unbind(-3)                 # (.., n, 1, K)
+        to_t = torch.stack((t0, t1 + left), -3).flatten(-4, -2)               # (.., C, K)
+        from_s = torch.stack((s0 + right, s1), -3).flatten(-4, -2)
+        total = left + right
         first, last = scores.unflatten(-3, (-1, 2)).unbind(-3)                # (.., n, m, m)
-        joined = (late @ early.mT).to(scores.dtype)                           # (.., n, m, m)
+        joined = (late @ early.mT).to(scores.dtype)
         scores = torch.cat((F.pad(first, (0, m)), torch.cat((joined, last), -1)), -2)
-    scores = scores.squeeze(-3)
-    return (scores, None, None, None) if log_a is None else (scores, to_t, from_s, total[..., 0, 0, :])
+    return scores.squeeze(-3), to_t, from_s, total[..., 0, 0, :]
 
 
 @defined_by(gated_linear_scan_reference)
@@ -334,13 +434,18 @@ def gated_linear_scan(q, k, v, log_a=None, u=None, chunk=64):
     q, k, v = cut(q), cut(k), cut(v)
     if log_a is not None:
         log_a = cut(at_least_float32(log_a))
-    scores, to_t, from_s, total = decayed_scores(q, k, log_a, u)
+    if log_a is None:                                     # nothing decays: a mask is all there is
+        scores, to_past, to_future, decay = (q @ k.mT).tril(0 if u is None else -1), q, k, None
+        if u is not None:
+            scores = scores + (q * k * u[:, None, None]).sum(-1).diag_embed()
+    else:
+        scores, to_t, from_s, total = decayed_scores(q, k, log_a, u)
+        to_past, to_future, decay = q * to_t.exp(), k * from_s.exp(), total.exp()
     y = scores @ v                                                            # (B, H, n, C, V)
     if q.shape[2] > 1:
-        kv = (k if log_a is None else k * from_s.exp()).mT @ v                # (B, H, n, K, V)
-        decay = q.new_ones(1) if log_a is None else total.exp().transpose(1, 2)[..., None]
-        S = linear_scan(decay, kv.transpose(1, 2)).transpose(1, 2)            # after each chunk
-        past = (q if log_a is None else q * to_t.exp())[:, :, 1:] @ S[:, :, :-1].to(q.dtype)
+        kv = at_least_float32(to_future.mT @ v).transpose(1, 2)               # (B, n, H, K, V)
+        S = kv.cumsum(1) if decay is None else linear_scan(decay.transpose(1, 2)[..., None], kv)
+        past = to_past[:, :, 1:] @ S.transpose(1, 2)[:, :, :-1]               # (B, H, n-1, C, V)
         y = y + F.pad(past, (0, 0, 0, 0, 1, 0))
     return y.flatten(2, 3)[:, :, :T]
 
@@ -481,14 +586,14 @@ def windowed_attention(q, k, v, window):
 def causal_attention(q, k, v, window=None):
     """
     Attention by torch's fused kernel on GPUs. On CPUs that kernel's backward pass is slow for narrow
-    heads: two matrix products and a softmax there, in four row blocks that skip the masked part.
+    heads: two matrix products and a softmax there, in row blocks that skip what is masked anyway.
     """
     T, width = q.shape[2], q.shape[-1]
     if window is not None and window < T:
         return windowed_attention(q / width ** 0.5, k, v, window)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    q, ys, rows = q / width ** 0.5, [], max(64, -(-T // 4))
+    q, ys, rows = q / width ** 0.5, [], max(64, -(-T // 8))
     for t in range(0, T, rows):
         end = min(t + rows, T)
         seen = torch.ones(end - t, end, dtype=torch.bool, device=q.device).tril(t)
@@ -750,23 +855,27 @@ def toeplitz_attention_reference(q, k, v, h):
 @defined_by(toeplitz_attention_reference)
 def toeplitz_attention(q, k, v, h, method="auto"):
     """
-    Linear attention under a Toeplitz mask. "mask": (mask * (q k^T)) v, O(T^2) and no outer product;
-    "fft": one long convolution over the H K V channels of k (x) v, then a contraction with q.
+    Linear attention under a Toeplitz mask, (B, H, T, V).
+
+    method: "mask", (mask * (k q^T))^T v in O(T^2), without an outer product; "fft", a long
+    convolution of k_i * v for each of the K key channels i, then y = sum_i q_i * that; or "auto",
+    which `python layers.py --break-even` bears out: the mask on a CPU up to T = 512.
     """
-    B, H, T, K = q.shape
+    T, v = q.shape[2], v.mT                                                   # (B, H, V, T)
     if method == "auto":
-        method = "mask" if T <= (256 if q.device.type == "cpu" else 2048) else "fft"
+        method = "mask" if T <= (512 if q.device.type == "cpu" else 2048) else "fft"
     if method == "mask":
         mask, ys = toeplitz(h, T).to(q.dtype), []                             # (H, s, t)
-        for t in range(0, T, rows := max(64, -(-T // 4))):       # blocks skip what is masked anyway
+        for t in range(0, T, rows := max(64, -(-T // 8))):       # blocks skip what is masked anyway
             end = min(t + rows, T)
             scores = k[:, :, :end] @ q[:, :, t:end].mT * mask[:, :end, t:end]
-            ys.append(v[:, :, :end].mT @ scores)                              # (B, H, V, rows)
+            ys.append(v[..., :end] @ scores)                                  # (B, H, V, rows)
         return torch.cat(ys, 3).mT
-    kv = (k[..., None] * v[..., None, :]).transpose(1, 2)                     # (B, T, H, K, V)
-    h = h.repeat_interleave(K * v.shape[-1], 0)                               # (H K V, T)
-    y = long_conv(kv.flatten(2), h).view(kv.shape)
-    return (q.transpose(1, 2)[..., None] * y).sum(-2).transpose(1, 2)         # (B, H, T, V)
+    h, y = h.repeat_interleave(v.shape[2], 0), 0                              # (H V, T)
+    for q_i, k_i in zip(q.mT.unbind(2), k.mT.unbind(2)):     # one at a time: K times less memory
+        z = (k_i[:, :, None] * v).flatten(1, 2)                               # (B, H V, T)
+        y = y + q_i[:, :, None] * long_conv(z.mT, h, method="fft").mT.view(v.shape)
+    return y.mT
 
 
 class MultiHeadHyena(Layer):
@@ -887,22 +996,25 @@ class LinearAttention(GatedLinearRecurrence):
         self.qkv = linear(dim, 3 * dim)
         self.phi_q, self.phi_k = (linear(self.width, 2 * self.width) for _ in range(2))
 
-    def feature(self, phi, x):
-        a, b = F.softplus(phi(x)).chunk(2, -1)
-        return a * b
-
     def project(self, x, _):
-        q, k, v = split_heads(self.qkv(x).mT, 3, self.heads).mT.unbind(1)
-        v = F.pad(v, (0, 1), value=1.0)                                       # (B, H, T, V + 1)
-        return self.feature(self.phi_q, q), self.feature(self.phi_k, k), v, None, None, None
+        # W_1 and W_2 act within a head of K channels. Multiplied into W_q and W_k first, they make
+        # one wide product with x of many narrow ones: (2, 2K, K) (2, H, K, D) -> (2, H, 2K, D).
+        Wq, Wk, Wv = self.qkv.weight.view(3, self.heads, self.width, self.dim).unbind()
+        features = torch.cat((self.phi_q.weight @ Wq, self.phi_k.weight @ Wk))    # (2H, 2K, D)
+        z = F.linear(x, torch.cat((features.flatten(0, 1), Wv.flatten(0, 1))))
+        z, v = z.split((4 * self.dim, self.dim), -1)
+        a, b = F.softplus(z.unflatten(-1, (2, self.heads, 2, -1))).unbind(-2)     # (B, T, 2, H, K)
+        q, k = (a * b).transpose(1, 3).unbind(2)                                  # (B, H, T, K)
+        v = F.pad(v.unflatten(-1, (self.heads, -1)).transpose(1, 2), (0, 1), value=1.0)
+        return q, k, v, None, None, None                                          # v: (.., V + 1)
 
     def readout(self, y, _):
         y = at_least_float32(y)
         return merge_heads(y[..., :-1] / (y[..., -1:] + 1e-6))                # (B, T, D)
 
     def matmul_flops(self, T):
-        """phi is applied once a head."""
-        return super().matmul_flops(T) + (self.heads - 1) * 8 * T * self.width ** 2
+        """To 2D features of q and of k, to v, out; and phi times W, once a sequence."""
+        return 2 * T * self.dim * (4 + 1 + 1) * self.dim + 8 * self.width * self.dim ** 2
 
 
 class GatedLinearAttention(GatedLinearRecurrence):
@@ -1013,22 +1125,19 @@ class Mamba(Layer):
         self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(self.inner, 1))
         self.D = nn.Parameter(torch.ones(self.inner))
 
-    def discretize(self, x):
-        """x (.., C) -> a, b (.., N, C) of h = a h + b, and the read-out C (.., N, 1)."""
+    def selection(self, x):
+        """What depends on the token: x (.., C) -> dt (.., C), B and C (.., N)."""
         dt, B, C = self.dt_B_C(x).split((self.dt_rank, self.state, self.state), -1)
-        dt = F.softplus(at_least_float32(self.dt_up(dt)) + self.dt_bias)      # (.., C)
-        a = (dt[..., None, :] * -self.A_log.exp().T).exp()                    # (.., N, C)
-        return a, (dt * x)[..., None, :] * B[..., None], C[..., None]
+        return F.softplus(at_least_float32(self.dt_up(dt)) + self.dt_bias), B, C
 
-    def readout(self, h, C, x, z):
-        y = (h * C).sum(-2) + self.D * x                                      # (.., C)
-        return self.out((y * F.silu(z)).to(z.dtype))
+    def readout(self, y, x, z):
+        return self.out(((y + self.D * x) * F.silu(z)).to(z.dtype))
 
     def forward(self, x):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
         x = F.silu(self.short(x.mT).mT)
-        a, b, C = self.discretize(x)                                          # (B, T, N, inner)
-        return self.readout(linear_scan(a, b), C, x, z)
+        dt, B, C = self.selection(x)
+        return self.readout(selective_scan(x, dt, -self.A_log.exp(), B, C), x, z)
 
     def init_state(self, batch, device=None, dtype=None):
         h = torch.zeros(batch, self.state, self.inner, device=device, dtype=dtype)
@@ -1039,9 +1148,9 @@ class Mamba(Layer):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, inner)
         x, tail = self.short.step(x, tail)
         x = F.silu(x)
-        a, b, C = self.discretize(x)
-        h = a * h + b
-        return self.readout(h, C, x, z), (tail, h)
+        dt, B, C = self.selection(x)
+        h = (dt[:, None] * -self.A_log.exp().T).exp() * h + (dt * x)[:, None] * B[..., None]
+        return self.readout((h * C[..., None]).sum(1), x, z), (tail, h)
 
     def mixing_flops(self, T):
         """Short convolution 2 a tap; discretisation 3, recurrence 2 and read-out 2 a state."""
@@ -1348,15 +1457,41 @@ def benchmark(names, B, T, D, device, compiled, reference):
               f"{count_state(state):>9,}{layer.flops(T) / T / 1e6:>12.3f}", flush=True)
 
 
+def break_even(device):
+    """Forward + backward of both forms of a convolution, 8192 tokens at each length T."""
+    dtype = fastest_dtype(device)[0]
+    print(f"{device}, {torch.get_num_threads()} threads, f+b in ms: 128 channels; 16 heads of 8")
+    print(f"{'T':>5}{'toeplitz':>10}{'fft':>8}{'mask':>10}{'fft':>8}")
+    for T in (64, 128, 256, 512, 1024, 2048):
+        times = []
+        for f, method, shape in [(long_conv, "toeplitz", (T, 128)), (long_conv, "fft", (T, 128)),
+                                 (toeplitz_attention, "mask", (16, T, 8)),
+                                 (toeplitz_attention, "fft", (16, T, 8))]:
+            inputs = [torch.randn(8192 // T, *shape, device=device, requires_grad=True)
+                      for _ in range(1 if f is long_conv else 3)]
+            h = torch.randn(16 if len(shape) == 3 else 128, T, device=device, requires_grad=True)
+
+            def both():
+                with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    y = f(*inputs, h, method=method)
+                torch.autograd.grad(y, [*inputs, h], torch.ones_like(y))
+            times.append(1e3 * seconds(both, device))
+        print(f"{T:>5}{times[0]:>10.1f}{times[1]:>8.1f}{times[2]:>10.1f}{times[3]:>8.1f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Time every layer's fast path against its loop.")
     parser.add_argument("--layers", default=",".join(LAYERS), help="names, with commas between")
     parser.add_argument("--long", action="store_true", help="B 2, T 4096, D 512 (not 8, 1024, 128)")
     parser.add_argument("--compile", action="store_true", help="compile the layers, as train.py may")
     parser.add_argument("--no-loops", action="store_true", help="skip the slow loops")
+    parser.add_argument("--break-even", action="store_true", help="Toeplitz against FFT instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args()
+    if args.break_even:
+        tune_allocator()
+        return break_even(args.device)
     names = args.layers.split(",")
     for name in names:
         if name not in LAYERS:

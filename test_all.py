@@ -588,7 +588,7 @@ def test_flops_are_those_that_torch_counts(name):
     if name == "moe-mlp":                                # its definition computes all experts
         counted -= 2 * 48 * 6 * (D * 32 + 16 * D)
     assert counted == layer.matmul_flops(48) <= layer.flops(48)
-    assert layer.flops(96) >= 2 * layer.flops(48)
+    assert layer.flops(96) > 1.4 * layer.flops(48)       # (some weights are multiplied once)
 
 
 @every_variant
@@ -784,7 +784,7 @@ def test_the_hybrid_learns_recall(tmp_path):
     """A short run gets at least 0.5 above chance (1/8); attention alone does not, as in the paper."""
     accuracy = {}
     for arch in ("hybrid", "transformer"):
-        config = train.TrainConfig(arch=arch, seq_len=64, num_train=6400, steps=120, lr=2e-3,
+        config = train.TrainConfig(arch=arch, seq_len=64, num_train=6400, steps=180, lr=2e-3,
                                    batch_size=64, compile="off", out=str(tmp_path), device="cpu")
         accuracy[arch] = train.train(config, quiet)["test_accuracy"]
     assert accuracy["hybrid"] > 0.125 + 0.5 > accuracy["transformer"] + 0.1
