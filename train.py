@@ -80,6 +80,7 @@ class TrainConfig:
     compile: str = choice("auto", "on", "off", text="torch.compile")
     out: str = option("out", "folder that run folders go into")
     name: str | None = option(None, "of the run's folder; the default is made from the options")
+    clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
     eval_every: int | None = option(None, "steps between tests; the default is half an epoch", low=1)
     early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0)
 
@@ -468,16 +469,20 @@ class Run:
     # -- the loop --------------------------------------------------------------------------------
 
     def one_step(self):
-        """One optimizer step; nothing in it waits for the device. Returns tokens and loss."""
+        """A step; nothing in it waits for the device. Returns tokens, loss, gradient's norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.steps)
         tokens, targets = self.data.batch(self.step)
         loss, _ = self.score(tokens, targets)
         loss.backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return tokens.numel(), loss.detach()
+        return tokens.numel(), loss.detach(), norm
 
     def some_steps(self, bar):
         """Steps up to the next log line or test, then one look at the loss; less on a signal."""
@@ -485,7 +490,7 @@ class Run:
         next_one = lambda every: (self.step // every + 1) * every
         until = min(self.steps, next_one(LOG_EVERY), next_one(self.eval_every))
         while self.step < until:
-            count, loss = self.one_step()
+            count, loss, norm = self.one_step()
             tokens += count
             bar.update()
             if self.signal and self.step < until:
@@ -496,7 +501,7 @@ class Run:
                                      f"{rate:.1e}; try a lower --lr")
         took = time.perf_counter() - start
         self.train_seconds += took
-        self.log(loss=loss, lr=rate, tokens_per_s=round(tokens / took))
+        self.log(loss=loss, lr=rate, gradient_norm=float(norm), tokens_per_s=round(tokens / took))
         self.shown |= dict(loss=f"{loss:.4f}", lr=f"{rate:.1e}", tokens_s=f"{tokens / took:,.0f}")
 
     def test(self):
