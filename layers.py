@@ -560,7 +560,8 @@ def causal_attention_reference(q, k, v, window=None):
     for t in range(q.shape[2]):
         seen = slice(0 if window is None else max(0, t + 1 - window), t + 1)
         scores = at_least_float32(q[:, :, t:t + 1] @ k[:, :, seen].mT)
-        ys.append((scores / q.shape[-1] ** 0.5).softmax(-1).to(v.dtype) @ v[:, :, seen])             # (B, H, 1, K)
+        p = (scores / q.shape[-1] ** 0.5).softmax(-1).to(v.dtype)             # (B, H, 1, seen)
+        ys.append(p @ v[:, :, seen])
     return torch.cat(ys, 2)
 
 
@@ -859,11 +860,11 @@ def toeplitz_attention(q, k, v, h, method="auto"):
 
     method: "mask", (mask * (k q^T))^T v in O(T^2), without an outer product; "fft", a long
     convolution of k_i * v for each of the K key channels i, then y = sum_i q_i * that; or "auto",
-    which `python layers.py --break-even` bears out: the mask on a CPU up to T = 512.
+    which `python layers.py --break-even` bears out: the mask on a CPU up to T = 256.
     """
     T, v = q.shape[2], v.mT                                                   # (B, H, V, T)
     if method == "auto":
-        method = "mask" if T <= (512 if q.device.type == "cpu" else 2048) else "fft"
+        method = "mask" if T <= (256 if q.device.type == "cpu" else 2048) else "fft"
     if method == "mask":
         mask, ys = toeplitz(h, T).to(q.dtype), []                             # (H, s, t)
         for t in range(0, T, rows := max(64, -(-T // 8))):       # blocks skip what is masked anyway
@@ -1372,8 +1373,7 @@ def seconds(f, device="cpu", repeat=5):
     for i in range(repeat + 1):
         start = time.perf_counter()
         f()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        getattr(torch, device).synchronize()
         best = min(best, time.perf_counter() - start) if i or not repeat else best
     return best
 
@@ -1394,7 +1394,6 @@ def fastest_dtype(device):
             f"a product in bfloat16 is measured {gain:.1f} times as fast as in float32")
 
 
-
 def peak_memory(f, device):
     """MB that f holds at its peak beyond what was held before; None where that can't be read."""
     if device == "cuda":
@@ -1405,7 +1404,8 @@ def peak_memory(f, device):
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")                # Linux: forget the peak so far
-        held = lambda key: int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        status = Path("/proc/self/status")
+        held = lambda key: int(re.search(key + r":\s+(\d+)", status.read_text())[1])
         before = held("VmRSS")
         f()
         return (held("VmHWM") - before) / 1024
@@ -1425,36 +1425,85 @@ def time_layer(layer, B, T, D, device, dtype, compiled=False, repeat=5):
 
     def both():
         y = forward()
-        torch.autograd.grad(y, wrt, torch.ones_like(y))
+        torch.autograd.grad(y, wrt, torch.ones_like(y), allow_unused=True)
     return seconds(forward, device, repeat), seconds(both, device, repeat), both
 
 
-def benchmark(names, B, T, D, device, compiled, reference):
+def floors(device, dtype):
+    """Functions of bytes and of FLOPs: the least seconds that this machine is measured to need."""
+    a = torch.randn(1 << 26, device=device)                                   # 256 MB
+    b, m = torch.empty_like(a), torch.randn(4096, 4096, device=device, dtype=dtype)
+    copy, product = seconds(lambda: b.copy_(a), device), seconds(lambda: m @ m, device)
+    return lambda n: copy * n / (8 << 26), lambda n: product * n / (2 * 4096 ** 3)
+
+
+class SDPA(Attention):
+    """Our attention with torch's fused kernel: the peer of causal_attention on a CPU."""
+
+    def forward(self, x):
+        q, k, v = (p.contiguous() for p in self.project(x, self.table[..., :x.shape[1]]))
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+
+
+def mambapy_block(dim, max_len):
+    """mamba.py (pip install mambapy) with MAD's settings, or None where it isn't installed."""
+    try:
+        from mambapy.mamba import MambaBlock, MambaConfig
+    except ImportError:
+        return print("mambapy isn't there to be timed beside mamba: pip install mambapy")
+    return MambaBlock(MambaConfig(d_model=dim, n_layers=1, d_state=4, dt_rank=8))
+
+
+PEERS = {"mamba": mambapy_block, "mh-attention": functools.partial(SDPA, heads=16),
+         "attention": functools.partial(SDPA, heads=1)}
+
+
+def layer_times(name, layer, shape, device, dtype, compiled, unit, least):
+    """One line of the benchmark's table."""
+    B, T, D = shape
+    forward, both, again = time_layer(layer, B, T, D, device, dtype, compiled)
+    now = unit()                                                 # next to it: machines drift
+    memory = peak_memory(again, device) or math.nan
+    short = time_layer(layer, B, T // 4, D, device, dtype, compiled)[1]
+    line = (f"{name:<27}{1e3 * forward:>8.1f}{1e3 * both:>9.1f}{both / now:>7.1f}"
+            f"{math.log(both / short, 4):>6.2f}{memory:>9.0f}"
+            f"{memory * 2 ** 20 / (8 * B * T * D):>7.1f}")
+    if isinstance(layer, Layer):
+        for_bytes, for_flops = least
+        floor = max(for_bytes(5 * 4 * B * T * D), for_flops(3 * B * layer.flops(T)))
+        line += f"{floor / both:>7.2f}{layer.flops(T) / T / 1e6:>10.3f}"
+    return line, now
+
+
+def benchmark(names, shape, device, compiled, loops, peers):
     """A table: times in ms and in units of one 1024^3 float32 matrix product in this process."""
-    dtype, why = fastest_dtype(device)
+    (B, T, D), (dtype, why) = shape, fastest_dtype(device)
     a, b = torch.randn(2, 1024, 1024, device=device)
-    print(f"{device}, {str(dtype)[6:]} ({why}), allocator {tune_allocator()}, torch "
-          f"{torch.__version__}, {torch.get_num_threads()} threads, B {B}, T {T}, D {D}, "
-          f"{'compiled' if compiled else 'not compiled'}\n"
-          f"unit: a 1024^3 float32 product, {1e3 * seconds(lambda: a @ b, device, 20):.1f} ms\n\n"
-          f"{'layer':<27}{'fwd ms':>8}{'f+b ms':>9}{'units':>7}{'loop units':>11}{'peak MB':>9}"
-          f"{'T->2T':>7}{'state':>9}{'MFLOP/token':>12}")
+    unit = lambda: seconds(lambda: a @ b, device, 20)
+    card = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{device} ({card}), {str(dtype)[6:]} ({why}), torch {torch.__version__}, B {B}, T {T}, "
+          f"D {D}, {'compiled' if compiled else 'not compiled'}\n"
+          f"unit: a 1024^3 float32 product, {1e3 * unit():.2f} ms; T^: the power of T by which f+b "
+          f"grew from T/4; x io: peak memory over input and output; floor: what reading and writing "
+          f"these, or the FLOPs, take at least, as a share of f+b\n\n"
+          f"{'layer':<27}{'fwd ms':>8}{'f+b ms':>9}{'units':>7}{'T^':>6}{'peak MB':>9}{'x io':>7}"
+          f"{'floor':>7}{'MFLOP/tok':>10}{'loop units':>12}")
+    least = floors(device, dtype)
     for name in names:
         torch.manual_seed(0)
-        layer = build_layer(name, D, 2 * T).to(device)
-        forward, both, again = time_layer(layer, B, T, D, device, dtype, compiled)
-        unit = seconds(lambda: a @ b, device, 20)                # next to it: machines drift
-        memory, slow = peak_memory(again, device), math.nan
-        double = time_layer(layer, B, 2 * T, D, device, dtype, compiled)[1]
-        if reference:
+        layer = build_layer(name, D, T).to(device)
+        line, now = layer_times(name, layer, shape, device, dtype, compiled, unit, least)
+        if loops:
             with plain_loops():
                 slow = time_layer(layer, B, T, D, device, torch.float32, repeat=0)[1]
-        state = layer.init_state(1)
-        for _ in range(2):
-            state = layer.step(torch.zeros(1, D, device=device), state)[1]
-        print(f"{name:<27}{1e3 * forward:>8.1f}{1e3 * both:>9.1f}{both / unit:>7.1f}"
-              f"{slow / unit:>11.1f}{memory or math.nan:>9.0f}{double / both:>7.2f}"
-              f"{count_state(state):>9,}{layer.flops(T) / T / 1e6:>12.3f}", flush=True)
+            line += f"{slow / now:>12.1f}"
+        print(line, flush=True)
+        peer = PEERS[name](D, T) if peers and name in PEERS else None
+        if peer is not None:
+            name = f"  {type(peer).__module__.split('.')[0]} {type(peer).__name__}"
+            name = name.replace("__main__ SDPA", "torch SDPA")
+            print(layer_times(name, peer.to(device), shape, device, dtype, compiled, unit,
+                              least)[0], flush=True)
 
 
 def break_even(device):
@@ -1479,25 +1528,39 @@ def break_even(device):
         print(f"{T:>5}{times[0]:>10.1f}{times[1]:>8.1f}{times[2]:>10.1f}{times[3]:>8.1f}", flush=True)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description="Time every layer's fast path against its loop.")
     parser.add_argument("--layers", default=",".join(LAYERS), help="names, with commas between")
-    parser.add_argument("--long", action="store_true", help="B 2, T 4096, D 512 (not 8, 1024, 128)")
+    parser.add_argument("--long", action="store_true", help="at (2, 4096, 512), not (8, 1024, 128);"
+                        " on a GPU at (8, 2048, 1024), too")
     parser.add_argument("--compile", action="store_true", help="compile the layers, as train.py may")
     parser.add_argument("--no-loops", action="store_true", help="skip the slow loops")
+    parser.add_argument("--peers", action="store_true", help="time torch's fused attention and, "
+                        "where it is installed, mambapy beside ours")
     parser.add_argument("--break-even", action="store_true", help="Toeplitz against FFT instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cuda or cpu (default: cuda if there is one)")
+                        choices=("cpu", "cuda"), help="default: cuda if there is one")
     args = parser.parse_args()
-    if args.break_even:
-        tune_allocator()
-        return break_even(args.device)
-    names = args.layers.split(",")
-    for name in names:
+    args.layers = args.layers.split(",")
+    for name in args.layers:
         if name not in LAYERS:
             parser.error(f"unknown layer {name!r}; the layers are: {', '.join(LAYERS)}")
-    B, T, D = (2, 4096, 512) if args.long else (8, 1024, 128)
-    benchmark(names, B, T, D, args.device, args.compile, not args.no_loops)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA card here; try --device cpu")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.device == "cpu":
+        print(f"allocator: {tune_allocator()}")
+    if args.break_even:
+        return break_even(args.device)
+    shapes = [(2, 4096, 512)] if args.long else [(8, 1024, 128)]
+    shapes += [(8, 2048, 1024)] if args.long and args.device == "cuda" else []
+    for shape in shapes:
+        benchmark(args.layers, shape, args.device, args.compile, not args.no_loops and not args.long,
+                  args.peers)
 
 
 if __name__ == "__main__":
