@@ -18,7 +18,8 @@ A layer is built as Layer(dim, max_len, **settings) and has
 To add your own: one class, one line in `LAYERS`. The tests, benchmark and --arch then know it.
 
   python layers.py                 every layer: fast path against its plain loop, on this machine
-  python layers.py --layers mamba,hyena --compile
+  python layers.py --layers mamba,hyena --compile --peers
+  python layers.py --show mamba    which tokens it mixes, as a picture
 """
 import argparse
 import contextlib
@@ -29,6 +30,7 @@ import inspect
 import math
 import platform
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -1349,6 +1351,71 @@ def build_layer(name, dim, max_len, **overrides):
 
 
 # =================================================================================================
+# Look inside: which tokens a layer mixes, as a matrix
+# =================================================================================================
+
+
+def mixing(layer, x):
+    """
+    (T, T): how strongly output t (row) depends on input s (column) of one sequence x (1, T, D):
+    the norm over channels of the gradient of g . y_t, for one random direction g of length 1.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = layer(x)[0]                                                       # (T, D)
+        g = F.normalize(torch.randn_like(y[0]), dim=0)
+        rows = [torch.autograd.grad(y_t @ g, x, retain_graph=True)[0][0].norm(dim=-1) for y_t in y]
+    return torch.stack(rows)
+
+
+def darkness(matrix, decades=5):
+    """From 0 to 1 on a logarithmic scale: 1 the largest entry, 0 what is 100,000 times smaller."""
+    return (1 + (matrix / matrix.max().clamp(min=1e-30)).log10() / decades).clamp(min=0)
+
+
+def draw(matrix, shades=" .:-=+*#%@"):
+    """The matrix as text: a row a line, two characters an entry."""
+    level = darkness(matrix) * (len(shades) - 1)
+    return "\n".join("".join(2 * shades[i] for i in row).rstrip() for row in level.ceil().int())
+
+
+def plot_mixing(pictures, path):
+    """{title: (T, T)} side by side in one PNG. ValueError if matplotlib isn't installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot draws with matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    columns = min(5, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2.4 * columns, 2.6 * rows), squeeze=False,
+                                   layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (title, matrix) in zip(axes.flat, pictures.items()):
+        ax.axis("on")
+        ax.imshow(darkness(matrix).tolist(), cmap="Greys", vmin=0, vmax=1)
+        ax.set_title(title, fontsize=9)
+        ax.set(xticks=[], yticks=[], xlabel="input s", ylabel="output t")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def show(names, plot, T=48, D=128):
+    """Layers as they are at init, on one sequence of noise: drawn here, or into the PNG `plot`."""
+    pictures = {}
+    for name in names:
+        torch.manual_seed(0)
+        pictures[name] = mixing(build_layer(name, D, T), torch.randn(1, T, D))
+    if plot:
+        plot_mixing(pictures, plot)
+        return print(f"drawn in {plot}")
+    for name, matrix in pictures.items():
+        print(f"{name}: rows are outputs t, columns inputs s, both 0 to {T - 1}\n{draw(matrix)}\n")
+
+
+# =================================================================================================
 # Speed: what this machine is good for, and `python layers.py`
 # =================================================================================================
 
@@ -1537,10 +1604,14 @@ def parse_args():
     parser.add_argument("--no-loops", action="store_true", help="skip the slow loops")
     parser.add_argument("--peers", action="store_true", help="time torch's fused attention and, "
                         "where it is installed, mambapy beside ours")
+    parser.add_argument("--show", metavar="LAYER", help="draw which tokens a layer (or: all) mixes")
+    parser.add_argument("--plot", metavar="PNG", help="with --show: a figure instead of text")
     parser.add_argument("--break-even", action="store_true", help="Toeplitz against FFT instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         choices=("cpu", "cuda"), help="default: cuda if there is one")
     args = parser.parse_args()
+    if args.show:
+        args.layers = ",".join(LAYERS) if args.show == "all" else args.show
     args.layers = args.layers.split(",")
     for name in args.layers:
         if name not in LAYERS:
@@ -1552,6 +1623,12 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.show:
+        try:
+            return show(args.layers, args.plot)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     if args.device == "cpu":
         print(f"allocator: {tune_allocator()}")
     if args.break_even:

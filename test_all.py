@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import layers
@@ -476,6 +477,19 @@ def test_recurrences_equal_their_loops(decay, T, dtype, tolerance):
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 @pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("cached", [1, 500, layers.CACHED])       # a step, some, all in a stretch
+def test_selective_scan_equals_its_loop(cached, T, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(layers, "CACHED", cached)
+    x, B, C = normal(2, T, 6, dtype=dtype), *(normal(2, T, 3, dtype=dtype, seed=i) for i in (1, 2))
+    for rate in (0.1, 1.0, 20.0):                        # log decays from -0.05 to -20 a step
+        dt = normal(2, T, 6, seed=3).detach().sigmoid().to(dtype).requires_grad_()
+        A = -rate * normal(6, 3, seed=4).detach().sigmoid().to(dtype)
+        agree(layers.selective_scan, layers.selective_scan.reference,
+              (x, dt, A.requires_grad_(), B, C), tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+@pytest.mark.parametrize("T", LENGTHS)
 def test_attention_equals_its_loop(T, dtype, tolerance):
     q, k, v = (normal(2, 3, T, 4, dtype=dtype, seed=i) for i in range(3))
     for window in (None, 1, 5, 64):
@@ -673,6 +687,100 @@ def test_layer_errors_name_the_way_out():
             (lambda: layers.long_conv(torch.ones(1, 9, 2), torch.ones(2, 8)), "length 8")]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_mixing_shows_what_a_layer_reads():
+    picture = lambda name: layers.mixing(make(name), torch.randn(1, 40, D))
+    t, s = torch.arange(40)[:, None], torch.arange(40)
+    seen = {"mlp": s == t, "rwkv6-channel-mixer": (s == t) | (s == t - 1), "mh-attention": s <= t,
+            "sliding-attention": (s <= t) & (s > t - 32), "mamba": s <= t}
+    for name, expected in seen.items():
+        assert ((picture(name) > 0) == expected).all(), name
+    lines = layers.draw(picture("mlp")).split("\n")
+    assert len(lines) == 40 and all(len(line) == 2 * i + 2 and line[:2 * i].isspace() or i == 0
+                                    for i, line in enumerate(lines))
+
+
+def test_show_draws_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    layers.show(["mamba", "hyena"], tmp_path / "two.png", T=16)
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+
+
+# =================================================================================================
+# The museum of faults: famous mistakes kept alive, each failing as it did, next to the right way
+# =================================================================================================
+
+
+def test_museum_an_fft_without_padding_wraps_the_future_into_the_past():
+    u, h = normal(1, 64, 1), normal(1, 64)
+    wrapped = torch.fft.irfft(torch.fft.rfft(u[..., 0]) * torch.fft.rfft(h), 64)[..., None]
+    future = lambda y: torch.autograd.grad(y[0, 0, 0], u)[0][0, 1:].abs().max()
+    assert future(wrapped) > 0.1 and future(layers.long_conv(u, h, method="fft")) < 1e-12
+
+
+def test_museum_dividing_by_cumulative_products_explodes():
+    """mamba-tiny's scans.py: h = p cumsum(b / p), p = cumprod(a). At a = 0.5, 0.5^256 = 1e-77."""
+    a, b = torch.full((1, 256, 1), 0.5), torch.ones(1, 256, 1)
+    p = a.cumprod(1)
+    assert not (p * (b / p).cumsum(1)).isfinite().all()
+    assert torch.allclose(layers.linear_scan(a, b)[:, -1], torch.tensor(2.0))
+
+
+def test_museum_elu_plus_one_is_zero_in_bfloat16():
+    """flash-linear-attention issue 1261: phi = elu + 1 rounds to 0, and so does its denominator."""
+    x = torch.full((4,), -7.0, dtype=torch.bfloat16)
+    assert ((F.elu(x) + 1) == 0).all() and (F.softplus(x) > 0).all()
+
+
+def test_museum_a_router_that_masks_before_its_softmax_turns_nobody_off():
+    """mad-lab's mlp.py: scores outside the top k become 0, and exp(0) = 1 is a vote."""
+    router, x = layers.Router(D, 8, 2), torch.randn(50, D)
+    score = router.score(x)
+    kept = torch.where(score >= score.topk(2).values[:, -1:], score, 0.0)
+    assert (kept.softmax(-1) > 0).sum(-1).eq(8).all() and router(x)[0].shape == (50, 2)
+
+
+def test_museum_a_parent_that_initialises_everything_overwrites_mambas_dt():
+    """mad-lab issue 3 and pull request 4: a loop over modules, after Mamba had set its bias."""
+    layer = make("mamba")
+    step = lambda: F.softplus(layer.dt_bias.detach())
+    assert 0.0009 < step().min() and step().max() < 0.11
+    for name, p in layer.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(p)
+    assert step().min() > 0.69                           # a memory of one token instead of 1000
+
+
+def test_museum_a_cosine_schedule_that_never_runs():
+    """mad-lab's pl_model_wrapper.py hands its schedule over under a key that nobody reads."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    configured = dict(optimizer=optimizer, scheduler=cosine)
+    for _ in range(10):
+        optimizer.step()
+        if "lr_scheduler" in configured:
+            configured["lr_scheduler"].step()
+    config = train.TrainConfig(lr=1e-3)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert train.learning_rate(config, 10, 10) == pytest.approx(1e-6)
+
+
+def test_museum_macro_accuracy_is_not_token_accuracy():
+    """mad-lab's metrics.py reports the mean over classes: always saying 0 is 90% right, or 50%."""
+    targets = torch.tensor([0] * 90 + [1] * 10)
+    said = torch.zeros_like(targets)
+    assert (said == targets).float().mean() == pytest.approx(0.9)
+    assert train.macro_accuracy(said, targets, 16) == pytest.approx(0.5)
+
+
+def test_museum_a_test_split_from_the_train_stream_is_the_training_data():
+    s = tasks.BASELINES["in-context-recall"]
+    draw = lambda: np.random.default_rng(0).integers(s.vocab_size, size=(100, 128))
+    rows = lambda x: {row.tobytes() for row in x}
+    assert rows(draw()) == rows(draw())                  # one seed for both: the same sequences
+    ours = (rows(tasks.generate(s, 100, 0, split)[0]) for split in ("train", "test"))
+    assert not set.intersection(*ours)
 
 
 # =================================================================================================
