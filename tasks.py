@@ -24,19 +24,12 @@ import platform
 import re
 import sysconfig
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-TASKS = {
-    "in-context-recall": "which value came with this key?",
-    "fuzzy-in-context-recall": "the same, but keys and values are motifs of several tokens",
-    "noisy-in-context-recall": "the same, but some pairs are replaced by noise",
-    "selective-copying": "repeat the tokens, skip the blanks",
-    "compression": "the vector at the last position must hold the whole sequence",
-    "memorization": "which value has this key in the task's one fixed map?",
-}
 IGNORE = -100        # torch's cross_entropy skips this target by default
 
 # -------------------------------------------------------------------------------------------------
@@ -92,18 +85,11 @@ class Setting:
 
     def _check_fit(self):
         """Room for two keys and two values (with one there is nothing to tell), or two tokens."""
-        M, T, L, noise = self.vocab_size, self.seq_len, self.max_motif, self.noise_vocab_size
-        fuzzy = 2 * max(L, 2) + 1    # each half holds a motif without repeats, and there is a pad
-        vocab, length, even, given = {
-            "in-context-recall": (4, 4, True, ""),
-            "noisy-in-context-recall": (4 + noise, 4, True, f" (noise_vocab_size is {noise})"),
-            "fuzzy-in-context-recall": (fuzzy, 4 * L, False, f" (max_motif is {L})"),
-            "selective-copying": (4, 3, False, ""),
-            "compression": (3, 2, False, ""),
-            "memorization": (5, 2, True, ""),
-        }[self.task]
+        M, T, L = self.vocab_size, self.seq_len, self.max_motif
+        task = TASKS[self.task]
+        vocab, length, given = task.least(self)
         whole("vocab_size", M, vocab, given=given)
-        whole("seq_len", T, length, even=even, given=given)
+        whole("seq_len", T, length, even=task.even, given=given)
         if self.task == "selective-copying":
             most, given = (T - 1) // 2, f" (seq_len is {T})"
             whole("num_tokens_to_copy", self.num_tokens_to_copy, 1, most, given=given)
@@ -113,43 +99,12 @@ class Setting:
     @property
     def backbone(self):
         """The kind of model (model.py) that the task needs."""
-        return "autoencoder" if self.task == "compression" else "lm"
+        return TASKS[self.task].backbone
 
     @property
     def length(self):
         """Positions of inputs and targets."""
-        return self.seq_len - self.task.endswith("recall")
-
-
-BASELINES = {s.task: s for s in (
-    Setting("in-context-recall"),
-    Setting("fuzzy-in-context-recall"),
-    Setting("noisy-in-context-recall", vocab_size=32, noise_vocab_size=16, frac_noise=0.2),
-    Setting("selective-copying", seq_len=256),
-    Setting("compression", seq_len=32),
-    Setting("memorization", vocab_size=256, seq_len=32, num_train=256),
-)}
-
-_RECALL = {"vocab_size": (32, 64, 128), "seq_len": (256, 512, 1024),
-           "num_train": (6400, 3200, 1600, 800)}
-CHANGES = {          # what makes a task harder, one variable at a time
-    "in-context-recall": _RECALL,
-    "fuzzy-in-context-recall": _RECALL,
-    "noisy-in-context-recall": {**_RECALL, "vocab_size": (48, 80, 144), "frac_noise": (.4, .6, .8)},
-    "selective-copying": {**_RECALL, "seq_len": (512, 1024), "num_tokens_to_copy": (32, 64, 96)},
-    "compression": {**_RECALL, "seq_len": (64, 128, 256)},
-    "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)},
-}
-
-
-def mad_settings(task=None):
-    """The protocol's 66 settings, or those of one task; a baseline comes before its changes."""
-    if task is not None and task not in TASKS:
-        raise unknown("task", task, TASKS)
-    return [dataclasses.replace(BASELINES[name], **change)
-            for name in TASKS if task in (None, name)
-            for change in [{}, *({field: value} for field, values in CHANGES[name].items()
-                                 for value in values)]]
+        return self.seq_len - TASKS[self.task].shifted
 
 
 def halves(setting):
@@ -301,93 +256,6 @@ def fuzzy_recall(setting, draw, split, seed):
     return shift(tokens, scored)
 
 
-def selective_copying(setting, draw, split, seed):
-    """
-    n tokens, blanks among them, the copy token, n blanks at which the n tokens are the targets: T
-    in all, so T - 2n - 1 blanks are inserted. As in mad-lab each picks the token it stands before.
-    """
-    n, T, M = setting.num_tokens_to_copy, setting.seq_len, setting.vocab_size
-    token, owner = draw(M - 2, n), draw(n, T - 2 * n - 1)
-    owner += n * np.arange(B)[:, None]                               # one histogram for all rows
-    blanks = np.bincount(owner.ravel(), minlength=B * n).reshape(B, n)
-    inputs, targets = np.full((B, T), M - 2), np.full((B, T), IGNORE)
-    np.put_along_axis(inputs, blanks.cumsum(1) + np.arange(n), token, 1)
-    inputs[:, T - n - 1] = M - 1
-    targets[:, T - n:] = token
-    return inputs, targets
-
-
-def compression(setting, draw, split, seed):
-    """T-1 random tokens and the compression token, which is a target too, as in mad-lab."""
-    inputs = np.full((B, setting.seq_len), setting.vocab_size - 1)
-    inputs[:, :-1] = draw(setting.vocab_size - 1, setting.seq_len - 1)
-    return inputs, inputs
-
-
-def facts(setting, seed):
-    """The fixed map of memorization, (keys,): it belongs to task and seed, not to a split."""
-    keys, values = halves(setting)
-    return keys + dice(setting, seed, "facts")(values, -(-keys // B)).ravel()[:keys]
-
-
-def memorization(setting, draw, split, seed):
-    """key insert key insert ...; at the insert token the target is the value, never shown."""
-    T = setting.seq_len
-    key = draw(halves(setting)[0], T // 2)
-    inputs, targets = np.full((B, T), setting.vocab_size - 1), np.full((B, T), IGNORE)
-    inputs[:, 0::2], targets[:, 1::2] = key, facts(setting, seed)[key]
-    return inputs, targets
-
-
-MAKERS = {"in-context-recall": recall, "noisy-in-context-recall": recall,
-          "fuzzy-in-context-recall": fuzzy_recall, "selective-copying": selective_copying,
-          "compression": compression, "memorization": memorization}
-
-
-def generate(setting, n, seed, split):
-    """
-    inputs, targets: int64 (n, setting.length), the same for the same arguments on every machine.
-
-    The first n sequences of a larger n are the same ones. The splits "train" and "test" come from
-    independent streams: they share a sequence only by chance, where there are few.
-    """
-    if split not in ("train", "test"):
-        raise unknown("split", split, ("train", "test"))
-    n, seed = whole("n", n, 1), whole("seed", seed, 0)
-    inputs, targets = np.empty((2, n, setting.length), np.int64)
-    for i in range(0, n, B):
-        x, y = MAKERS[setting.task](setting, dice(setting, seed, split, i), split, seed)
-        inputs[i:i + B], targets[i:i + B] = x[:n - i], y[:n - i]
-    return inputs, targets
-
-
-# -------------------------------------------------------------------------------------------------
-# What a score is read against
-
-
-def chance(setting):
-    """
-    Expected test accuracy of a guess that looks neither at the sequence nor at other data: 1 in the
-    number of possible answers. In compression the last of T tokens is always the same: no guess.
-    """
-    if setting.task == "selective-copying":
-        return 1 / (setting.vocab_size - 2)
-    if setting.task == "compression":
-        return (1 + (setting.seq_len - 1) / (setting.vocab_size - 1)) / setting.seq_len
-    return 1 / halves(setting)[1]
-
-
-def ceiling(setting):
-    """
-    Test accuracy that no model is expected to exceed. 1, but for memorization: the part of the
-    facts that the training data show (mean 0.913). Guessing the rest adds less than 0.0002.
-    """
-    if setting.task != "memorization":
-        return 1.0
-    draws = setting.num_train * (setting.seq_len // 2)
-    return 1 - (1 - 1 / halves(setting)[0]) ** draws
-
-
 def contexts(setting, inputs):
     """
     (n, T), a number for what decides the next token: the key, and how many tokens of its value were
@@ -410,30 +278,191 @@ def contexts(setting, inputs):
     return out
 
 
+def recall_oracle(setting, inputs, seed):
+    """The rule of induction heads: what followed this context the first time?"""
+    T, (keys, values) = inputs.shape[1], halves(setting)
+    first = first_shown(contexts(setting, inputs))
+    token = np.take_along_axis(inputs, np.minimum(first + 1, T - 1), 1)
+    is_value = (keys <= token) & (token < keys + values)             # else the value has ended
+    return np.where((first < np.arange(T)) & is_value, token, -1)
+
+
+def selective_copying(setting, draw, split, seed):
+    """
+    n tokens, blanks among them, the copy token, n blanks at which the n tokens are the targets: T
+    in all, so T - 2n - 1 blanks are inserted. As in mad-lab each picks the token it stands before.
+    """
+    n, T, M = setting.num_tokens_to_copy, setting.seq_len, setting.vocab_size
+    token, owner = draw(M - 2, n), draw(n, T - 2 * n - 1)
+    owner += n * np.arange(B)[:, None]                               # one histogram for all rows
+    blanks = np.bincount(owner.ravel(), minlength=B * n).reshape(B, n)
+    inputs, targets = np.full((B, T), M - 2), np.full((B, T), IGNORE)
+    np.put_along_axis(inputs, blanks.cumsum(1) + np.arange(n), token, 1)
+    inputs[:, T - n - 1] = M - 1
+    targets[:, T - n:] = token
+    return inputs, targets
+
+
+def copying_oracle(setting, inputs, seed):
+    n, answer = setting.num_tokens_to_copy, np.full_like(inputs, -1)
+    blank = inputs >= setting.vocab_size - 2             # or the copy token
+    tokens = np.argsort(blank, axis=1, kind="stable")[:, :n]         # places of the n, in order
+    answer[:, -n:] = np.take_along_axis(inputs, tokens, 1)
+    return answer
+
+
+def compression(setting, draw, split, seed):
+    """T-1 random tokens and the compression token, which is a target too, as in mad-lab."""
+    inputs = np.full((B, setting.seq_len), setting.vocab_size - 1)
+    inputs[:, :-1] = draw(setting.vocab_size - 1, setting.seq_len - 1)
+    return inputs, inputs
+
+
+def compression_chance(setting):
+    """The last of T tokens is always the same: no guess."""
+    return (1 + (setting.seq_len - 1) / (setting.vocab_size - 1)) / setting.seq_len
+
+
+def facts(setting, seed):
+    """The fixed map of memorization, (keys,): it belongs to task and seed, not to a split."""
+    keys, values = halves(setting)
+    return keys + dice(setting, seed, "facts")(values, -(-keys // B)).ravel()[:keys]
+
+
+def memorization(setting, draw, split, seed):
+    """key insert key insert ...; at the insert token the target is the value, never shown."""
+    T = setting.seq_len
+    key = draw(halves(setting)[0], T // 2)
+    inputs, targets = np.full((B, T), setting.vocab_size - 1), np.full((B, T), IGNORE)
+    inputs[:, 0::2], targets[:, 1::2] = key, facts(setting, seed)[key]
+    return inputs, targets
+
+
+def memorization_oracle(setting, inputs, seed):
+    answer = np.full_like(inputs, -1)
+    answer[:, 1::2] = facts(setting, seed)[inputs[:, 0::2]]
+    return answer
+
+
+# -------------------------------------------------------------------------------------------------
+# The table. To add a task: its functions, a line here and its baseline below.
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is, and what its scores are read against."""
+    about: str                 # the question that it asks
+    make: Callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
+    oracle: Callable           # (setting, inputs (n, T), seed) -> right answers, -1 where open
+    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on
+    chance: Callable = lambda setting: 1 / halves(setting)[1]        # one of the values
+    even: bool = False         # T must be
+    shifted: bool = False      # the next token is the target: T - 1 positions
+    backbone: str = "lm"       # the kind of model (model.py) that it needs
+
+
+TASKS = {
+    "in-context-recall": Task(
+        "which value came with this key?", recall, recall_oracle,
+        lambda s: (4, 4, ""), even=True, shifted=True),
+    "fuzzy-in-context-recall": Task(
+        "the same, but keys and values are motifs of several tokens", fuzzy_recall, recall_oracle,
+        # Each half of the ids holds a motif without repeats, and there is a pad.
+        lambda s: (2 * max(s.max_motif, 2) + 1, 4 * s.max_motif, f" (max_motif is {s.max_motif})"),
+        shifted=True),
+    "noisy-in-context-recall": Task(
+        "the same, but some pairs are replaced by noise", recall, recall_oracle,
+        lambda s: (4 + s.noise_vocab_size, 4, f" (noise_vocab_size is {s.noise_vocab_size})"),
+        even=True, shifted=True),
+    "selective-copying": Task(
+        "repeat the tokens, skip the blanks", selective_copying, copying_oracle,
+        lambda s: (4, 3, ""), lambda s: 1 / (s.vocab_size - 2)),
+    "compression": Task(
+        "the vector at the last position must hold the whole sequence", compression,
+        lambda setting, inputs, seed: inputs.copy(), lambda s: (3, 2, ""), compression_chance,
+        backbone="autoencoder"),
+    "memorization": Task(
+        "which value has this key in the task's one fixed map?", memorization,
+        memorization_oracle, lambda s: (5, 2, ""), even=True),
+}
+
+BASELINES = {s.task: s for s in (
+    Setting("in-context-recall"),
+    Setting("fuzzy-in-context-recall"),
+    Setting("noisy-in-context-recall", vocab_size=32, noise_vocab_size=16, frac_noise=0.2),
+    Setting("selective-copying", seq_len=256),
+    Setting("compression", seq_len=32),
+    Setting("memorization", vocab_size=256, seq_len=32, num_train=256),
+)}
+
+_RECALL = {"vocab_size": (32, 64, 128), "seq_len": (256, 512, 1024),
+           "num_train": (6400, 3200, 1600, 800)}
+CHANGES = {          # what makes a task harder, one variable at a time
+    "in-context-recall": _RECALL,
+    "fuzzy-in-context-recall": _RECALL,
+    "noisy-in-context-recall": {**_RECALL, "vocab_size": (48, 80, 144), "frac_noise": (.4, .6, .8)},
+    "selective-copying": {**_RECALL, "seq_len": (512, 1024), "num_tokens_to_copy": (32, 64, 96)},
+    "compression": {**_RECALL, "seq_len": (64, 128, 256)},
+    "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)},
+}
+
+
+def mad_settings(task=None):
+    """The protocol's 66 settings, or those of one task; a baseline comes before its changes."""
+    if task is not None and task not in TASKS:
+        raise unknown("task", task, TASKS)
+    return [dataclasses.replace(BASELINES[name], **change)
+            for name in TASKS if task in (None, name)
+            for change in [{}, *({field: value} for field, values in CHANGES.get(name, {}).items()
+                                 for value in values)]]
+
+
+def generate(setting, n, seed, split):
+    """
+    inputs, targets: int64 (n, setting.length), the same for the same arguments on every machine.
+
+    The first n sequences of a larger n are the same ones. The splits "train" and "test" come from
+    independent streams: they share a sequence only by chance, where there are few.
+    """
+    if split not in ("train", "test"):
+        raise unknown("split", split, ("train", "test"))
+    n, seed = whole("n", n, 1), whole("seed", seed, 0)
+    inputs, targets = np.empty((2, n, setting.length), np.int64)
+    for i in range(0, n, B):
+        x, y = TASKS[setting.task].make(setting, dice(setting, seed, split, i), split, seed)
+        inputs[i:i + B], targets[i:i + B] = x[:n - i], y[:n - i]
+    return inputs, targets
+
+
+# -------------------------------------------------------------------------------------------------
+# What a score is read against
+
+
+def chance(setting):
+    """
+    Expected test accuracy of a guess that looks neither at the sequence nor at other data: 1 in the
+    number of possible answers.
+    """
+    return TASKS[setting.task].chance(setting)
+
+
+def ceiling(setting):
+    """
+    Test accuracy that no model is expected to exceed. 1, but for memorization: the part of the
+    facts that the training data show (mean 0.913). Guessing the rest adds less than 0.0002.
+    """
+    if setting.task != "memorization":
+        return 1.0
+    draws = setting.num_train * (setting.seq_len // 2)
+    return 1 - (1 - 1 / halves(setting)[0]) ** draws
+
+
 def oracle(setting, inputs, seed=0):
     """
     The right answers, (n, T), by a rule; -1 where the task doesn't determine one. At position t it
     reads inputs[:, :t+1] only (compression: all); memorization has the facts of the data's seed.
-
-    The recall tasks share the rule of induction heads: what followed this context the first time?
     """
-    answer = np.full_like(inputs, -1)
-    if setting.task == "compression":
-        return inputs.copy()
-    if setting.task == "memorization":
-        answer[:, 1::2] = facts(setting, seed)[inputs[:, 0::2]]
-    elif setting.task == "selective-copying":
-        n = setting.num_tokens_to_copy
-        blank = inputs >= setting.vocab_size - 2         # or the copy token
-        tokens = np.argsort(blank, axis=1, kind="stable")[:, :n]     # places of the n, in order
-        answer[:, -n:] = np.take_along_axis(inputs, tokens, 1)
-    else:
-        T, (keys, values) = inputs.shape[1], halves(setting)
-        first = first_shown(contexts(setting, inputs))
-        token = np.take_along_axis(inputs, np.minimum(first + 1, T - 1), 1)
-        is_value = (keys <= token) & (token < keys + values)         # else the value has ended
-        answer = np.where((first < np.arange(T)) & is_value, token, -1)
-    return answer
+    return TASKS[setting.task].oracle(setting, inputs, seed)
 
 
 def accuracy(predictions, targets):
@@ -632,7 +661,7 @@ def show(setting, seed):
         print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
 
     (x,), (y,) = generate(setting, 1, seed, "test")
-    print(f"{setting.task}: {TASKS[setting.task]}")
+    print(f"{setting.task}: {TASKS[setting.task].about}")
     row("input", x)
     row("target", ["." if t == IGNORE else t for t in y])
     row("scored", ["" if t == IGNORE else "^" * len(str(t)) for t in y])
