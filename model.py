@@ -287,6 +287,15 @@ def show_ledger(model, T):
     return "\n".join(lines)
 
 
+LEGEND = """
+paper state   numbers at T = 128 as the paper counts them; 4096 is its common size. Beside it: RWKV's
+              channel mixers keep the token before (128 each), heads of 8 give mh-linear-attention
+              2048, and one wide head (linear-attention, gla) or attention is not normalised
++ a token     what of it grows with T: keys and values of attention (a stripe's other layers: none)
+carried       numbers that `step` really keeps at T = 128, and at 4096: with short convolutions' tails,
+              normalisers, and the history of inputs that an implicit filter needs (a modal one: none)"""
+
+
 def main():
     parser = argparse.ArgumentParser(description="Parameters, state and FLOPs of architectures.")
     parser.add_argument("arch", nargs="?", help="one architecture or pattern, layer by layer")
@@ -301,13 +310,15 @@ def main():
         except ValueError as error:
             parser.exit(2, f"error: {error}\n")
         return
-    print(f"{'architecture':<27}{'parameters':>11}{'paper state':>12}{'carried T=128':>14}"
-          f"{'T=4096':>12}{'kFLOP/token':>12}  pattern")
+    print(f"{'architecture':<27}{'parameters':>11}{'paper state':>12}{'+ a token':>10}{'carried':>9}"
+          f"{'T=4096':>11}{'kFLOP/token':>12}  pattern")
     for name, pattern in ARCHS.items():
         model = Model(pattern, 16, args.dim, 4096)
-        short, long = (total(ledger(model, T)) for T in (128, 4096))
-        print(f"{name:<27}{short.parameters:>11,}{short.nominal:>12,}{short.state:>14,}"
-              f"{long.state:>12,}{short.flops / 128e3:>12,.0f}  {pattern}")
+        short, next_, long = (total(ledger(model, T)) for T in (128, 129, 4096))
+        print(f"{name:<27}{short.parameters:>11,}{short.nominal:>12,}"
+              f"{next_.nominal - short.nominal:>10,}{short.state:>9,}{long.state:>11,}"
+              f"{short.flops / 128e3:>12,.0f}  {pattern}")
+    print(LEGEND)
 
 
 if __name__ == "__main__":
