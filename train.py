@@ -829,7 +829,10 @@ def catching_signals(run):
 
 
 class Interrupted(Exception):
-    """A signal ended the run after it was saved; args: a line that says how to go on, number."""
+    """
+    A signal ended the run after it was saved; args: a line that says how to go on (None where
+    another process says it), number.
+    """
 
 
 def train(config, say=print):
@@ -845,8 +848,9 @@ def train(config, say=print):
     run = Run(config, folder, say)
     run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
     if not run.go():
-        raise Interrupted(f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the "
-                          f"same command goes on from there", run.signal)
+        line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
+                f"command goes on from there")
+        raise Interrupted(line if run.ranks.rank == 0 else None, run.signal)
     result = run.result()
     if run.ranks.rank == 0:
         write_json(done, result)
@@ -857,6 +861,7 @@ def text_summary(config, r):
     sample = shlex.join(["python", "train.py", "--sample", r["folder"], "--prompt", "def "])
     bits = r["bits_per_byte"]
     other = "transformer" if config.arch != "transformer" else "hybrid"
+    data = " " + shlex.join(["--data", config.data]) if config.data else ""
     return "\n".join([
         f"validation loss  {r['val_loss']:.4f} a token"
         + (f", {bits:.4f} bits a byte" if bits else "")
@@ -866,10 +871,9 @@ def text_summary(config, r):
         f"time             {r['wall_s']:.0f} s in all, {r['tokens_per_s']:,} tokens a second in "
         f"training",
         f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
-        "next: text from this model, the same for another architecture, a corpus of your own",
+        "next: more text from this model, the same corpus for another architecture",
         f"  {sample}",
-        f"  python train.py --arch {other} --task text",
-        f"  python train.py --arch {config.arch} --task text --data FILE"])
+        f"  python train.py --arch {other} --task text{data}"])
 
 
 def summary(config, r):
@@ -934,7 +938,7 @@ def load_run(folder, device):
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} does not exist: --sample takes the folder of a text "
                          f"run that has saved a checkpoint") from None
-    except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError,
+    except (KeyError, TypeError, EOFError, OSError, RuntimeError, pickle.UnpicklingError,
             json.JSONDecodeError) as error:
         raise ValueError(f"{folder} does not hold a run of this code that can be read "
                          f"({' '.join(str(error).split())[:120]})") from None
@@ -1034,7 +1038,8 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(stop.args[0], file=sys.stderr)
+        if stop.args[0]:
+            print(stop.args[0], file=sys.stderr)
         return 128 + stop.args[1]
     except KeyboardInterrupt:
         return 130
