@@ -5,7 +5,8 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
   layers    for every entry of LAYERS, so that a new layer inherits them: fast path = plain loop with
             gradients, causal, step = forward, counted state and FLOPs, bfloat16, compilation
   model     patterns, ledgers, generation
-  train     the command line, the schedule, a run that learns, a run that is stopped and goes on
+  train     the command line, the schedule, a run that learns, a run that is stopped and goes on,
+            text: windows, bits a byte, samples, several processes
 
   python test_all.py            all of it, about two minutes on two cores
   python test_all.py -k mamba   what names mamba
@@ -942,7 +943,8 @@ def data_of(config, rank=0, count=1):
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory):
     """The result of a run that has learned a little."""
-    return train.train(text(tmp_path_factory.mktemp("writer"), steps=150, lr=5e-3, warmup=10), quiet)
+    folder = tmp_path_factory.mktemp("writer")
+    return train.train(text(folder, steps=150, lr=5e-3, warmup=10), quiet)
 
 
 def test_it_learns_text(writer):
@@ -1011,13 +1013,13 @@ def test_bits_a_byte_of_tokens(tmp_path, toy, monkeypatch):
     ratio = len(scored) / len(data.scored_tokens())
     assert ratio > 1.02 and result["corpus"]["bytes_per_token"] == ratio
     assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2) / ratio)
-    ids, _ = train.sample(train.SampleConfig(sample=result["folder"], prompt=" the", tokens=3), quiet)
-    assert len(ids) == 3
+    written = train.SampleConfig(sample=result["folder"], prompt=" the", tokens=3)
+    assert len(train.sample(written, quiet)[0]) == 3
     assert train.token_bytes("gpt2")(50000) == "\ufffd".encode()       # an unused id
 
     def offline(name):
         raise ValueError("cannot get tiktoken's gpt2")
-    monkeypatch.setattr(tasks, "get_encoding", offline)  # the tokens are cached; their bytes unknown
+    monkeypatch.setattr(tasks, "get_encoding", offline)  # the tokens are cached, their bytes not
     said = []
     result = train.train(dataclasses.replace(config, name="offline"), said.append)
     assert result["bits_per_byte"] is None and any("no bits a byte" in line for line in said)
@@ -1054,12 +1056,11 @@ def test_text_from_the_command_line(writer, tmp_path):
     done = command("--sample", writer["folder"], "--prompt", "1 plus ", "--tokens", 30)
     assert done.returncode == 0 and done.stdout.startswith("1 plus "), done.stderr
     assert "tokens a second" in done.stdout
-    (tmp_path / "raw").write_bytes(b"")
     done = command("--task", "text", "--data", writer["config"]["data"], "--layers", TINY["layers"],
                    "--dim", 32, "--context", 32, "--steps", 2, "--compile", "off", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("sums.txt, 27,945 tokens", "vocabulary 256", "validation loss", "bits a byte", "--sample",
-                 "tokens a second on"):
+    for word in ("sums.txt, 27,945 tokens", "vocabulary 256", "validation loss", "bits a byte",
+                 "--sample", "tokens a second on"):
         assert word in done.stdout
 
 

@@ -201,7 +201,7 @@ def parse_args(argv=None, kind=None):
     for f in dataclasses.fields(kind):
         parser.add_argument("--" + f.name.replace("_", "-"), type=field_type(f), default=f.default,
                             metavar=field_type(f).__name__.upper(),
-                            help=f.metadata["help"] + ("" if f.default is None else
+                            help=f.metadata["help"] + ("" if f.default in (None, "") else
                                                        f" (default {f.default})"))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -859,15 +859,14 @@ def train(config, say=print):
 
 def text_summary(config, r):
     sample = shlex.join(["python", "train.py", "--sample", r["folder"], "--prompt", "def "])
-    bits = r["bits_per_byte"]
+    bits, tokens = r["bits_per_byte"], r["steps"] * config.batch_size * config.context
     other = "transformer" if config.arch != "transformer" else "hybrid"
     data = " " + shlex.join(["--data", config.data]) if config.data else ""
     return "\n".join([
         f"validation loss  {r['val_loss']:.4f} a token"
         + (f", {bits:.4f} bits a byte" if bits else "")
         + f"; {100 * r['val_accuracy']:.1f}% of tokens right",
-        f"training         {r['steps']:,} steps, {r['steps'] * config.batch_size * config.context:,}"
-        f" tokens, {r['train_flops']:.2e} FLOPs",
+        f"training         {r['steps']:,} steps, {tokens:,} tokens, {r['train_flops']:.2e} FLOPs",
         f"time             {r['wall_s']:.0f} s in all, {r['tokens_per_s']:,} tokens a second in "
         f"training",
         f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
@@ -909,7 +908,7 @@ class SampleConfig:
     ValueError names a bad field, its value and the range.
     """
     sample: str = option("", "folder of a text run, such as out/hybrid_text")
-    prompt: str = option("\n", "the text to go on from")
+    prompt: str = option("def ", "the text to go on from")
     tokens: int = option(200, "how many to write", low=1)
     temperature: float = option(0.8, "0: always the likeliest token; above 1: bolder", low=0.0)
     top_k: int = option(50, "draw from this many likeliest tokens", low=1)
@@ -1042,6 +1041,7 @@ def main():
             print(stop.args[0], file=sys.stderr)
         return 128 + stop.args[1]
     except KeyboardInterrupt:
+        print("stopped at once; what was saved before stays", file=sys.stderr)
         return 130
     return 0
 
