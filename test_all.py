@@ -1163,13 +1163,22 @@ def test_processes_that_are_killed_or_stopped(tmp_path):
     assert np.abs(np.array(losses_of(folder)) - losses_of(whole["folder"])).max() < 1e-4
 
 
-def test_mistakes_with_torchrun(tmp_path):
-    for config, message in [(text(tmp_path, batch_size=9), "a multiple of 2"),
-                            (small(tmp_path), "not one of in-context-recall")]:
-        run = torchrun(config)
-        _, err = run.communicate(timeout=60)
-        assert run.returncode != 0 and f"error: " in err and message in err
-        assert "train.py\", line" not in err            # no traceback of ours
+def test_mistakes_with_several_processes(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="batch_size is 9; permitted: a multiple of 2"):
+        data_of(text(tmp_path, batch_size=9), 0, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="not one of compression: start this one with python"):
+        train.run_and_report(["--task", "compression"])
+    ranks = train.Ranks("text")
+    assert (ranks.rank, ranks.count) == (0, 2) and train.Ranks("compression").count == 1
+    with pytest.raises(ValueError, match="--device cpu"):
+        ranks.connect("mps")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="process 0 of this machine finds 0 GPUs"):
+        ranks.connect("cuda")
+    ranks.largest = lambda number: abs(number)           # another process has another number
+    with pytest.raises(ValueError, match="differ in the corpus"):
+        ranks.check_same("the corpus", -5)
 
 
 @pytest.mark.skipif(train.has_compiler() is None, reason="torch.compile on a CPU needs g++")

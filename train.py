@@ -261,8 +261,8 @@ class Ranks:
 
     Each computes its rows of every batch, and one all_reduce takes the mean of all gradients. By
     hand and not by DDP, which would wrap the model: so its compiled graph and the names in its
-    checkpoint don't depend on the number of processes. What DDP gains by sending gradients while
-    others are computed is little at the sizes of this code.
+    checkpoint don't depend on the number of processes. The price: no gradient is sent while others
+    are still computed.
     """
 
     def __init__(self, task):
