@@ -5,7 +5,8 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
   layers    for every entry of LAYERS, so that a new layer inherits them: fast path = plain loop with
             gradients, causal, step = forward, counted state and FLOPs, bfloat16, compilation
   model     patterns, ledgers, generation
-  train     the command line, the schedule, a run that learns, a run that is stopped and goes on
+  train     the command line, the schedule, a run that learns, a run that is stopped and goes on,
+            text: windows, bits a byte, samples, several processes
 
   python test_all.py            all of it, about two minutes on two cores
   python test_all.py -k mamba   what names mamba
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1058,6 +1060,268 @@ def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):
     assert train.has_compiler() is None
     yes, why = train.choose_compile("auto", "cpu", 10 ** 6, 1.0)
     assert not yes and "no C++ compiler" in why
+
+
+# -------------------------------------------------------------------------------------------------
+# Text
+
+SUMS = "".join(f"{a} plus {b} is {a + b}.\n" for a in range(40) for b in range(40))     # 28 kB
+TINY = dict(task="text", layers="mh-hyena(heads=2) swiglu mh-attention(heads=2) swiglu", dim=32,
+            context=32, batch_size=8, compile="off", dtype="float32", device="cpu")
+
+
+def text(tmp_path, **changes):
+    """A small run of text."""
+    (tmp_path / "sums.txt").write_text(SUMS)
+    return train.TrainConfig(**{**TINY, "data": str(tmp_path / "sums.txt"), "steps": 20,
+                                "name": "run", "out": str(tmp_path / "out"), **changes})
+
+
+def data_of(config, rank=0, count=1):
+    ranks = train.Ranks("text")
+    ranks.rank, ranks.count, ranks.largest = rank, count, lambda number: number
+    return train.TextData(dataclasses.replace(config), ranks, "cpu")
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """The result of a run that has learned a little."""
+    folder = tmp_path_factory.mktemp("writer")
+    return train.train(text(folder, steps=150, lr=5e-3, warmup=10), quiet)
+
+
+def test_it_learns_text(writer):
+    """Below the 2.24 nats that the frequency of each byte allows, and what it reports adds up."""
+    counts = np.bincount(np.frombuffer(SUMS.encode(), np.uint8)) / len(SUMS)
+    entropy = -sum(p * math.log(p) for p in counts if p)
+    assert writer["val_loss"] < 1.0 < 2.2 < entropy
+    assert writer["val_accuracy"] > 0.6 and writer["best"]["val_loss"] <= writer["val_loss"]
+    assert writer["bits_per_byte"] == pytest.approx(writer["val_loss"] / math.log(2))
+    assert writer["corpus"] == dict(name="sums.txt", tokens=len(SUMS), bytes=len(SUMS),
+                                    sha256=hashlib.sha256(SUMS.encode()).hexdigest(),
+                                    training_tokens=len(SUMS) * 9 // 10, bytes_per_token=1.0)
+    m = model.Model(TINY["layers"], 256, 32, 32)
+    assert writer["train_flops"] == 3 * 150 * 8 * model.total(model.ledger(m, 32)).flops
+    assert writer["parameters"] == sum(p.numel() for p in m.parameters())
+
+
+def test_windows_of_text(tmp_path):
+    """Drawn from the first nine tenths, tested on the last; a function of seed and step alone."""
+    np.save(tmp_path / "count.npy", np.arange(3000))     # each token is its own position
+    config = text(tmp_path, data=str(tmp_path / "count.npy"), tokenizer="gpt2", context=16)
+    data = data_of(config)
+    drawn = [data.batch(step) for step in range(300)]
+    for tokens, targets in drawn:
+        assert tokens.shape == (8, 16) and (targets == tokens + 1).all()
+    seen = torch.cat([t for t, _ in drawn]).unique()
+    assert seen.min() < 20 and 2660 < seen.max() and max(y.max() for _, y in drawn) == 2699
+    tested = [(x[y[:, 0] >= 0], y[y[:, 0] >= 0]) for x, y in data.test_batches(10)]
+    starts = torch.cat([x[:, 0] for x, _ in tested]).tolist()
+    assert len(starts) == 10 and starts[0] == 2700 and starts[-1] == 3000 - 17
+    assert set(np.diff(starts)) == {31, 32}              # at even distances
+    assert len(list(data.test_batches(9999))) == 3 and len(data.scored_tokens()) == 18 * 16
+    assert torch.equal(data_of(config).batch(7)[0], drawn[7][0])
+    other = data_of(dataclasses.replace(config, seed=1))
+    assert not torch.equal(other.batch(7)[0], drawn[7][0]) and data.sha256 == other.sha256
+    halves = [data_of(config, rank, 2) for rank in (0, 1)]
+    for step in (0, 5):                                  # processes and parts: the same windows
+        both = torch.stack([h.batch(step)[0] for h in halves], 1).flatten(0, 1)
+        assert torch.equal(both, drawn[step][0])
+        parts = list(data_of(dataclasses.replace(config, accumulate=4)).parts(step))
+        assert [len(x) for x, _ in parts] == [2] * 4
+        assert torch.equal(torch.cat([x for x, _ in parts]), drawn[step][0])
+    shares = [torch.cat([x[y[:, 0] >= 0, 0] for x, y in h.test_batches(10)]) for h in halves]
+    assert sorted(torch.cat(shares).tolist()) == starts
+
+
+def test_accumulated_gradients_equal_one_batch(tmp_path):
+    runs = []
+    for n in (1, 4):
+        config = text(tmp_path, accumulate=n, clip=1.0, name=f"run{n}")
+        runs.append(train.Run(config, Path(config.out) / config.name, quiet))
+        losses = [float(runs[-1].one_step()[1]) for _ in range(3)]
+        runs[-1].losses = losses
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+    for p, q in zip(*(run.model.parameters() for run in runs)):
+        assert (p - q).abs().max() < 2e-5                # (of a step: 1e-3)
+
+
+def test_bits_a_byte_of_tokens(tmp_path, toy, monkeypatch):
+    """The loss of a token is divided by the bytes that the tested tokens stand for."""
+    config = text(tmp_path, tokenizer="gpt2", dim=16, steps=1,
+                  layers="mh-attention(heads=2) swiglu")
+    result = train.train(config, quiet)
+    data = data_of(config)
+    scored = toy("gpt2").decode_bytes(data.scored_tokens().tolist())
+    ratio = len(scored) / len(data.scored_tokens())
+    assert ratio > 1.02 and result["corpus"]["bytes_per_token"] == ratio
+    assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2) / ratio)
+    written = train.SampleConfig(sample=result["folder"], prompt=" the", tokens=3)
+    assert len(train.sample(written, quiet)[0]) == 3
+    assert train.token_bytes("gpt2")(50000) == "\ufffd".encode()       # an unused id
+
+    def offline(name):
+        raise ValueError("cannot get tiktoken's gpt2")
+    monkeypatch.setattr(tasks, "get_encoding", offline)  # the tokens are cached, their bytes not
+    said = []
+    result = train.train(dataclasses.replace(config, name="offline"), said.append)
+    assert result["bits_per_byte"] is None and any("no bits a byte" in line for line in said)
+
+
+def test_warmup_and_lowest_learning_rate(tmp_path):
+    config = text(tmp_path, lr=1e-2, min_lr=1e-3, warmup=4)
+    rates = [train.learning_rate(config, step, 24) for step in range(25)]
+    assert rates[:5] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2]) and rates[5] < 1e-2
+    assert rates[14] == pytest.approx(5.5e-3) and rates[24] == pytest.approx(1e-3)
+
+
+def test_greedy_sample_equals_the_parallel_forward(writer):
+    shown = []
+    config = train.SampleConfig(sample=writer["folder"], prompt="2 plus ", tokens=24, temperature=0,
+                                device="cpu")
+    ids, line = train.sample(config, shown.append)
+    assert "".join(shown) == "2 plus " + bytes(ids).decode() + "\n"
+    m, tokenizer = train.load_run(writer["folder"], "cpu")
+    out = torch.tensor([[*b"2 plus ", *ids]])
+    with torch.no_grad():
+        assert (m(out)[:, 6:-1].argmax(-1) == out[:, 7:]).all()
+    assert tokenizer == "bytes" and "tokens a second" in line and "longer than all" not in line
+    state = m.init_state(1)
+    for token in out[0]:
+        state = m.step(token[None], state)[1]
+    assert f"31 tokens is {sum(map(layers.count_state, state)):,} numbers" in line
+    again = dataclasses.replace(config, temperature=2.0, tokens=40)
+    drawn = [train.sample(dataclasses.replace(again, seed=s), quiet) for s in (1, 1, 2)]
+    assert drawn[0][0] == drawn[1][0] != drawn[2][0] and "longer than all" in drawn[0][1]
+
+
+def test_text_from_the_command_line(writer, tmp_path):
+    done = command("--sample", writer["folder"], "--prompt", "1 plus ", "--tokens", 30)
+    assert done.returncode == 0 and done.stdout.startswith("1 plus "), done.stderr
+    assert "tokens a second" in done.stdout
+    done = command("--task", "text", "--data", writer["config"]["data"], "--layers", TINY["layers"],
+                   "--dim", 32, "--context", 32, "--steps", 2, "--compile", "off", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("sums.txt, 27,945 tokens", "vocabulary 256", "validation loss", "bits a byte",
+                 "--sample", "tokens a second on"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(seq_len=64), "seq_len is 64, but --task text has no use"), (dict(vocab_size=9), "no use"),
+    (dict(epochs=5), "only the MAD tasks"), (dict(early_stop=0.5), "early_stop"),
+    (dict(task="compression"), "only --task text take"), (dict(context=0), "at least 1"),
+    (dict(tokenizer="gpt-2"), "did you mean gpt2"), (dict(accumulate=0), "accumulate is 0"),
+    (dict(accumulate=3), "multiple of 3"), (dict(warmup=20), "less than the run's 20"),
+    (dict(warmup=-1), "warmup"), (dict(min_lr=0.5), "at most lr, 0.001"),
+    (dict(data="nowhere.txt"), "nowhere.txt does not exist"),
+    (dict(context=9999), "27,945.*10 x 10000 are needed: lower --context")])
+def test_mistakes_with_text(change, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        train.train(text(tmp_path, **change), quiet)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_mistakes_with_samples(writer, tmp_path):
+    from shutil import copytree
+    mad = train.train(small(tmp_path, steps=1), quiet)["folder"]
+    cut = Path(copytree(writer["folder"], tmp_path / "cut")) / "ckpt.pt"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    other = Path(copytree(writer["folder"], tmp_path / "other")) / "config.json"
+    other.write_text(other.read_text().replace('"dim": 32', '"dim": 16'))
+    copytree(writer["folder"], tmp_path / "list")
+    (tmp_path / "list" / "config.json").write_text("[]")
+    good = writer["folder"]
+    for change, message in [
+            (dict(sample=str(tmp_path / "no")), "does not exist: --sample takes"),
+            (dict(sample=mad), "run of in-context-recall: only"), (dict(sample=good), "empty"),
+            (dict(sample=good, prompt="a\udcff"), "not text"), (dict(temperature=-1.0), "at least"),
+            (dict(temperature=1e-9), "from 0.001"), (dict(top_k=0), "top_k is 0"),
+            (dict(tokens=0), "tokens is 0"), (dict(sample=str(cut.parent)), "can't be|be read"),
+            (dict(sample=str(other.parent)), "be read"),
+            (dict(sample=str(tmp_path / "list")), "be read")]:
+        with pytest.raises(ValueError, match=message) as error:
+            train.sample(train.SampleConfig(**{"prompt": "", **change}), quiet)
+        assert "\n" not in str(error.value)
+
+
+def torchrun(config, processes=2):
+    """The run under torchrun, under way."""
+    args = [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}"
+            for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+         str(processes), str(HERE / "train.py"), *args], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def losses_of(folder):
+    return [[x["step"], x.get("loss", x.get("val_loss"))] for x in logged(folder)]
+
+
+def test_two_processes_equal_one(tmp_path):
+    config = text(tmp_path, accumulate=2, clip=1.0, eval_every=10)
+    run = torchrun(config)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert out.count("device   cpu") == out.count("validation loss") == 1   # one speaks and writes
+    folder = Path(config.out) / "run"
+    two = json.loads((folder / "result.json").read_text())
+    assert two["machine"]["processes"] == 2 and {p.name for p in folder.iterdir()} >= {
+        "config.json", "log.jsonl", "result.json", "ckpt.pt"}
+    one = train.train(dataclasses.replace(config, name="one", accumulate=1), quiet)
+    assert [s for s, _ in losses_of(folder)] == [10, 10, 20, 20]
+    assert np.abs(np.array(losses_of(folder)) - losses_of(one["folder"])).max() < 1e-5
+    for key in ("val_loss", "val_accuracy", "bits_per_byte"):
+        assert two[key] == pytest.approx(one[key], abs=1e-5)
+
+
+def test_processes_that_are_killed_or_stopped(tmp_path):
+    """A dead one ends the job with an error; what two have saved goes on as one process."""
+    config = text(tmp_path, steps=150)
+    folder = Path(config.out) / "run"
+
+    def start():
+        run = torchrun(config)
+        while not (folder / "log.jsonl").exists() or not logged(folder):
+            assert run.poll() is None
+            time.sleep(0.05)
+        return run
+
+    run = start()
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and "another process of this run has ended" in err
+    assert not (folder / "result.json").exists()
+    (folder / "log.jsonl").unlink()
+    run = start()
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and err.count("the same command goes on") == 1, err
+    said = []
+    train.train(config, said.append)
+    assert any("resume   from step" in line for line in said)
+    whole = train.train(dataclasses.replace(config, name="whole"), quiet)
+    assert np.abs(np.array(losses_of(folder)) - losses_of(whole["folder"])).max() < 1e-4
+
+
+def test_mistakes_with_several_processes(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="batch_size is 9; permitted: a multiple of 2"):
+        data_of(text(tmp_path, batch_size=9), 0, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="not one of compression: start this one with python"):
+        train.run_and_report(["--task", "compression"])
+    ranks = train.Ranks("text")
+    assert (ranks.rank, ranks.count) == (0, 2) and train.Ranks("compression").count == 1
+    with pytest.raises(ValueError, match="--device cpu"):
+        ranks.connect("mps")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="process 0 of this machine finds 0 GPUs"):
+        ranks.connect("cuda")
+    ranks.largest = lambda number: abs(number)           # another process has another number
+    with pytest.raises(ValueError, match="differ in the corpus"):
+        ranks.check_same("the corpus", -5)
 
 
 @pytest.mark.skipif(train.has_compiler() is None, reason="torch.compile on a CPU needs g++")

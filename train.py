@@ -5,6 +5,9 @@ How a model learns: one run of one task, from the command line to a folder of re
     python train.py --arch transformer                  the same steps: it stays near 0.3
     python train.py --arch mamba --task compression     any architecture, any of the six tasks
     python train.py --layers "hyena swiglu" --lr 5e-4   any pattern of layers.py
+    python train.py --arch hybrid --task text           a language model of Python's own sources
+    python train.py --sample out/hybrid_text --prompt "def "     what it writes
+    torchrun --nproc_per_node 2 train.py --task text    the same run, shared by two processes
     python train.py -h                                  every option
 
 Protocol (Poli et al. 2024; mad.md, section 1): AdamW with betas (0.9, 0.98), cosine decay to 1e-6,
@@ -16,13 +19,17 @@ A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt
   B batch   T time   M vocabulary
 """
 import argparse
+import codecs
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
 import os
+import pickle
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -35,12 +42,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
-from layers import fastest_dtype, seconds, tune_allocator
-from model import ARCHS, Model, decayed, find_pattern, ledger, show_ledger, total
+from layers import count_state, fastest_dtype, seconds, tune_allocator
+from model import ARCHS, Model, decayed, find_pattern, ledger, pick, show_ledger, total
 
 # =================================================================================================
 # The command line: a field is an option, its help text beside it
@@ -58,19 +66,32 @@ def choice(default, *others, text):
 
 @dataclass
 class TrainConfig:
-    """Everything that determines a run. ValueError names a bad field, its value and the range."""
+    """
+    Train one architecture on one task.
+
+    Everything that determines a run. ValueError names a bad field, its value and the range.
+    """
     arch: str = option("hybrid", "architecture of model.py")
     layers: str | None = option(None, "pattern of layers instead of an architecture")
     task: str = choice("in-context-recall", *[t for t in tasks.TASKS if t != "in-context-recall"],
-                       text="what to learn")
-    seq_len: int | None = option(None, "length T of the task's sequences", low=1)
-    vocab_size: int | None = option(None, "vocabulary of the task", low=1)
-    num_train: int | None = option(None, "training sequences", low=1)
+                       "text", text="what to learn")
+    seq_len: int | None = option(None, "length T of the task's sequences", low=1, of="MAD")
+    vocab_size: int | None = option(None, "vocabulary of the task", low=1, of="MAD")
+    num_train: int | None = option(None, "training sequences", low=1, of="MAD")
+    data: str | None = option(None, "text file, folder of them, .bin or .npy of tokens (the "
+                              "default: the sources of Python's standard library)", of="text")
+    tokenizer: str = option("bytes", "bytes or one of tiktoken's, such as gpt2", of="text")
+    context: int | None = option(None, "tokens a window of text (the default: 128)", low=1,
+                                 of="text")
     dim: int = option(128, "width D of the model", low=1)
-    epochs: int = option(4, "passes over the training data (the paper: 200)", low=1)
-    steps: int | None = option(None, "optimizer steps, instead of epochs", low=1)
-    batch_size: int = option(128, "sequences a step", low=1)
+    epochs: int = option(4, "passes over the training data (the paper: 200)", low=1, of="MAD")
+    steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
+    batch_size: int | None = option(None, "sequences a step (the default: 128; text: 32)", low=1)
+    accumulate: int = option(1, "parts that a batch is computed in, to save memory", low=1,
+                             of="text")
     lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
+    min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
+    warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
     weight_decay: float = option(0.1, "of matrices only (the paper's grid: 0 0.1)", low=0.0)
     beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0)
     schedule: str = choice("cosine", "constant", text="learning rate over time")
@@ -82,12 +103,23 @@ class TrainConfig:
     name: str | None = option(None, "of the run's folder; the default is made from the options")
     clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
     eval_every: int | None = option(None, "steps between tests; the default is half an epoch", low=1)
-    early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0)
+    early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
+                               of="MAD")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_field(f, getattr(self, f.name))
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, self.default(f))
+            check_use(f, getattr(self, f.name), self.task)
+        if self.min_lr > max(self.lr, 1e-6):
+            raise ValueError(f"min_lr is {self.min_lr!r}; permitted: at most lr, {self.lr!r}")
         self.pattern, self.setting, self.run_name     # an impossible one is an error here
+
+    def default(self, f):
+        """A field's default for this task."""
+        own = TEXT_DEFAULTS if self.task == "text" else MAD_DEFAULTS
+        return own.get(f.name, f.default)
 
     @property
     def pattern(self):
@@ -95,7 +127,9 @@ class TrainConfig:
 
     @property
     def setting(self):
-        """The task's baseline with what the options change."""
+        """The task's baseline with what the options change; None for text."""
+        if self.task == "text":
+            return None
         changes = {k: getattr(self, k) for k in ("seq_len", "vocab_size", "num_train")}
         return dataclasses.replace(tasks.BASELINES[self.task],
                                    **{k: v for k, v in changes.items() if v is not None})
@@ -108,9 +142,14 @@ class TrainConfig:
         parts = [self.layers or self.arch, self.task]
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value != f.default and f.name not in ("arch", "layers", "task", "out", "name"):
+            if value != self.default(f) and f.name not in ("arch", "layers", "task", "out", "name"):
+                value = Path(value).name if f.name == "data" else value
                 parts.append(f"{f.name.replace('_', '-')}={value}")
         return safe_name("_".join(parts))
+
+
+MAD_DEFAULTS = dict(batch_size=128)
+TEXT_DEFAULTS = dict(batch_size=32, context=128, steps=2000)      # minutes on two CPU cores
 
 
 def field_type(f):
@@ -131,29 +170,44 @@ def check_field(f, value):
         raise tasks.unknown(f.name, value, f.metadata["choices"])
 
 
+def check_use(f, value, task):
+    """An option that this task doesn't read is an error, unless it is left at its default."""
+    of = f.metadata.get("of")
+    if value != f.default and of and (of == "text") != (task == "text"):
+        raise ValueError(f"{f.name} is {value!r}, but --task {task} has no use for it: "
+                         f"{'only --task text' if of == 'text' else 'only the MAD tasks'} take it")
+
+
 def safe_name(name):
     """A file name without separators: nothing is written outside --out by accident."""
     name = "".join(c if c.isalnum() or c in "-_.=," else "-" for c in name).strip(".-")
     if not name:
         raise ValueError("name: needs at least one letter or digit")
-    return name[:200]
+    if len(name) > 200:                   # file systems end at 255; what is cut still counts
+        name = name[:190] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name
 
 
-def parse_args(argv=None):
-    """argv -> TrainConfig; a mistake ends in one line that names the way out, and exit code 2."""
+def parse_args(argv=None, kind=None):
+    """
+    argv -> TrainConfig (or another dataclass of options); a mistake ends in one line that names the
+    way out, and exit code 2.
+    """
+    kind = kind or TrainConfig
     parser = argparse.ArgumentParser(
-        description="Train one architecture on one task.", allow_abbrev=False,
-        epilog="architectures: " + ", ".join(ARCHS))
-    for f in dataclasses.fields(TrainConfig):
+        description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
+        epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
+        + ". To generate text from a run: train.py --sample out/RUN -h")
+    for f in dataclasses.fields(kind):
         parser.add_argument("--" + f.name.replace("_", "-"), type=field_type(f), default=f.default,
                             metavar=field_type(f).__name__.upper(),
-                            help=f.metadata["help"] + ("" if f.default is None else
+                            help=f.metadata["help"] + ("" if f.default in (None, "") else
                                                        f" (default {f.default})"))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         valid = [o for a in parser._actions for o in a.option_strings]
         raise tasks.unknown("option", unknown[0], valid)
-    return TrainConfig(**vars(args))
+    return kind(**vars(args))
 
 
 # =================================================================================================
@@ -201,9 +255,78 @@ def choose_compile(wanted, device, steps, step_seconds):
     return saved > cost, f"{about} and cost about {cost} s"
 
 
+class Ranks:
+    """
+    The processes that share a text run: those that torchrun started, or this one alone.
+
+    Each computes its rows of every batch, and one all_reduce takes the mean of all gradients. By
+    hand and not by DDP, which would wrap the model: so its compiled graph and the names in its
+    checkpoint don't depend on the number of processes. The price: no gradient is sent while others
+    are still computed.
+    """
+
+    def __init__(self, task):
+        shared = task == "text"
+        self.rank, self.count = (int(os.environ.get(name, alone)) if shared else alone
+                                 for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+    def connect(self, device):
+        """Waits for the others. CPU tensors go through gloo everywhere, the GPU's through nccl."""
+        if self.count == 1:
+            return
+        if device == "mps":
+            raise ValueError("several processes can't share an Apple GPU; use --device cpu")
+        if device == "cuda":
+            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= there:
+                raise ValueError(f"process {local} of this machine finds {there} GPUs; start "
+                                 f"torchrun with --nproc_per_node {there}")
+            torch.cuda.set_device(local)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(minutes=10))
+
+    def sum(self, tensor, op=dist.ReduceOp.SUM):
+        """In place. ConnectionError if another process has died, or is silent for 10 minutes."""
+        if self.count > 1:
+            try:
+                dist.all_reduce(tensor, op)
+            except RuntimeError as error:
+                raise ConnectionError(
+                    f"another process of this run has ended or doesn't answer; the same command "
+                    f"goes on from the last checkpoint ({str(error).splitlines()[0]})") from None
+        return tensor
+
+    def average(self, tensors):
+        """In place, all of them in one message."""
+        if self.count > 1:
+            flat = self.sum(torch.cat([t.flatten() for t in tensors])) / self.count
+            for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+                tensor.copy_(mean.view_as(tensor))
+
+    def largest(self, number):
+        if self.count == 1:
+            return number
+        return self.sum(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.MAX).item()
+
+    def check_same(self, what, number):
+        if self.largest(number) != -self.largest(-number):
+            raise ValueError(f"the processes of this run differ in {what}: on several machines, "
+                             f"--data and --out must be the same, shared files")
+
+
 # =================================================================================================
-# Data on the device, as one tensor each
+# Data on the device, as one tensor each; text stays in its file
 # =================================================================================================
+
+
+def filled(tokens, targets, rows):
+    """
+    Rows added that are not scored: tests have batches of the training batch's shape, so that no
+    second graph is compiled for them.
+    """
+    fill = (0, 0, 0, rows - len(tokens))
+    return F.pad(tokens, fill), F.pad(targets, fill, value=tasks.IGNORE)
 
 
 class TaskData:
@@ -219,7 +342,14 @@ class TaskData:
         self.batch_size = min(batch_size, setting.num_train)
         self.epoch_steps = setting.num_train // self.batch_size     # a last, partial batch is left
         self.epoch = None                                           # out; every epoch another one
-        self.chance, self.ceiling = tasks.chance(setting), tasks.ceiling(setting)
+        self.test_every = max(1, self.epoch_steps // 2)
+        self.length, self.vocab_size = setting.length, setting.vocab_size
+        self.facts = dict(chance=tasks.chance(setting), ceiling=tasks.ceiling(setting),
+                          data_sha256=self.sha256)
+
+    def describe(self):
+        return (f"{len(self.train):,} training and {len(self.test):,} test sequences of "
+                f"{self.length} tokens, vocabulary {self.vocab_size}")
 
     def batch(self, step):
         """(tokens, targets) of a step, (B, T) each: a function of seed and step alone."""
@@ -231,14 +361,98 @@ class TaskData:
         rows = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         return self.train[rows], self.targets[rows]
 
+    def parts(self, step):
+        return [self.batch(step)]
+
     def test_batches(self):
-        """Batches of the training batch's shape, so that no second graph is compiled for tests."""
         B = self.batch_size
         for i in range(0, len(self.test), B):
-            tokens, targets = self.test[i:i + B], self.test_targets[i:i + B]
-            fill = B - len(tokens)
-            yield (torch.cat((tokens, self.test[:fill])),
-                   F.pad(targets, (0, 0, 0, fill), value=tasks.IGNORE))
+            yield filled(self.test[i:i + B], self.test_targets[i:i + B], B)
+
+
+# Windows of text that a test reads while training, and the last one; the corpus may have fewer.
+TEST_WINDOWS, LAST_WINDOWS = 480, 3840
+
+
+class TextData:
+    """
+    A corpus: windows of T + 1 tokens at random places of its first nine tenths, and at even
+    distances in its last tenth, for validation. Tokens stay in their file, which may be larger than
+    memory; it is read twice at the start, for the tokens' range and for their SHA-256.
+    """
+
+    def __init__(self, config, ranks, device):
+        self.seed, self.device, self.ranks = config.seed, device, ranks
+        self.batch_size, self.length = config.batch_size, config.context
+        parts = ranks.count * config.accumulate
+        if self.batch_size % parts:
+            raise ValueError(f"batch_size is {self.batch_size}; permitted: a multiple of {parts} "
+                             f"({ranks.count} processes x accumulate {config.accumulate})")
+        self.rows = self.batch_size // parts              # of one forward pass
+        self.name = Path(config.data).name if config.data else tasks.standard_library()[0]
+        self.tokens = tokens = tasks.load_tokens(config.data, config.tokenizer)
+        self.cut, self.vocab_size = len(tokens) * 9 // 10, tasks.vocab_size(config.tokenizer)
+        self.room = (len(tokens) - self.cut - 1) // self.length       # windows side by side
+        if self.room < 1:
+            raise ValueError(f"{self.name} has {len(tokens):,} tokens; with a context of "
+                             f"{self.length}, 10 x {self.length + 1} are needed: lower --context")
+        self.test_every = max(1, config.steps // 10)
+        self.sha256 = sha256_of(tokens)
+        ranks.check_same("the corpus", int(self.sha256[:12], 16))
+        self.bytes_per_token = tasks.token_stats(self.scored_tokens(), config.tokenizer)[2]
+        self.facts = dict(data_sha256=self.sha256, corpus=dict(
+            name=self.name, tokens=len(tokens), bytes=tokens.nbytes, sha256=self.sha256,
+            training_tokens=self.cut, bytes_per_token=self.bytes_per_token))
+
+    def describe(self):
+        ratio = (f"{self.bytes_per_token:.2f} bytes of text each" if self.bytes_per_token else
+                 "bytes of text each unknown, as tiktoken can't be loaded here: no bits a byte")
+        return (f"{self.name}, {len(self.tokens):,} tokens ({ratio}), vocabulary "
+                f"{self.vocab_size}; a step reads {self.batch_size} windows of {self.length}")
+
+    def windows(self, starts):
+        """(tokens, targets) (B, T) on the device; the copy to a GPU doesn't wait."""
+        rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
+        both = torch.from_numpy(np.stack((rows[:, :-1], rows[:, 1:])))        # (2, B, T)
+        if self.device == "cuda":
+            both = both.pin_memory()
+        return both.to(self.device, non_blocking=True).unbind(0)
+
+    def batch(self, step):
+        """This process' rows of a step's batch, which is a function of seed and step alone."""
+        draw = np.random.PCG64(np.random.SeedSequence((self.seed, step)))
+        starts = draw.random_raw(self.batch_size) % np.uint64(self.cut - self.length)
+        return self.windows(starts.astype(np.int64)[self.ranks.rank::self.ranks.count])
+
+    def parts(self, step):
+        tokens, targets = self.batch(step)
+        return zip(tokens.split(self.rows), targets.split(self.rows))
+
+    def test_starts(self, most):
+        return np.linspace(self.cut, len(self.tokens) - self.length - 1, min(most, self.room),
+                           dtype=np.int64)
+
+    def scored_tokens(self):
+        """The targets of the last test, whose bytes its loss is divided by."""
+        return np.concatenate([self.tokens[i + 1:i + self.length + 1]
+                               for i in self.test_starts(LAST_WINDOWS)])
+
+    def test_batches(self, most):
+        """This process' share of the validation batches."""
+        starts = self.test_starts(most)
+        first, every = self.rows * self.ranks.rank, self.rows * self.ranks.count
+        for i in range(first, len(starts), every):
+            yield filled(*self.windows(starts[i:i + self.rows]), self.rows)
+
+
+def sha256_of(tokens):
+    """Of the token ids as they are stored; of a text file read as bytes, what sha256sum prints."""
+    sha = hashlib.sha256()
+    with tqdm(total=tokens.nbytes, unit="B", unit_scale=True, desc="SHA-256", delay=2) as bar:
+        for piece in tasks.pieces(tokens):
+            sha.update(np.ascontiguousarray(piece))
+            bar.update(piece.nbytes)
+    return sha.hexdigest()
 
 
 # =================================================================================================
@@ -279,12 +493,27 @@ def evaluate(score, data):
                 macro_accuracy=float(macro / n))
 
 
+def evaluate_text(score, data, most):
+    """Validation loss a token, the same in bits a byte of text, and accuracy, of all processes."""
+    loss = right = count = torch.zeros((), device=data.device)
+    for tokens, targets in data.test_batches(most):
+        batch_loss, said = score(tokens, targets)
+        n = (targets != tasks.IGNORE).sum()
+        loss, count = loss + batch_loss.detach() * n, count + n
+        right = right + (said == targets).sum()
+    loss, right, count = data.ranks.sum(torch.stack((loss, right, count))).tolist()
+    bits = loss / count / math.log(2) / data.bytes_per_token if data.bytes_per_token else None
+    return dict(val_loss=loss / count, bits_per_byte=bits, val_accuracy=right / count)
+
+
 def learning_rate(config, step, steps):
-    """Cosine from lr to 1e-6 over the run, or constant."""
+    """Up from 0 in `warmup` steps; then cosine from lr to min_lr over the run, or constant."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / (config.warmup + 1)
     if config.schedule == "constant":
         return config.lr
-    low = min(1e-6, config.lr)
-    return low + (config.lr - low) * (1 + math.cos(math.pi * step / steps)) / 2
+    low, part = min(config.min_lr, config.lr), (step - config.warmup) / (steps - config.warmup)
+    return low + (config.lr - low) * (1 + math.cos(math.pi * part)) / 2
 
 
 def make_optimizer(model, config):
@@ -379,16 +608,19 @@ class Run:
     """A run under way: its model, optimizer and data, and their state on disk in `folder`."""
 
     def __init__(self, config, folder, say=print):
-        self.config, self.folder, self.say = config, folder, say
+        self.config, self.folder, self.ranks = config, folder, Ranks(config.task)
+        self.say = say if self.ranks.rank == 0 else lambda line: None
         self.started, self.step, self.train_seconds = time.perf_counter(), 0, 0.0
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
+        self.asked_to_stop = 0                # the number of a signal that this process has got
         self.log_path = folder / "log.jsonl"
         self.choose_machine()
         self.build()
         folder.mkdir(parents=True, exist_ok=True)     # what is wrong with the options is known now
-        if not (folder / "config.json").exists():
+        if self.ranks.rank == 0 and not (folder / "config.json").exists():
             write_json(folder / "config.json", identity(config))
         self.load()
+        self.ranks.check_same("the checkpoint", self.step)       # (all have read it when this ends)
         self.choose_graph()
 
     def choose_machine(self):
@@ -399,19 +631,27 @@ class Run:
             torch.set_flush_denormal(True)        # numbers below 1e-38 cost 100 times the time
         self.dtype, reason = (fastest_dtype(self.device) if self.config.dtype == "auto" else
                               (getattr(torch, self.config.dtype), "asked for"))
+        self.ranks.connect(self.device)
+        if self.ranks.largest(self.dtype == torch.float32) and self.dtype != torch.float32:
+            self.dtype, reason = torch.float32, "as another process measured"
         self.say(f"dtype    {str(self.dtype)[6:]}: {reason}")
 
     def build(self):
         """Data, model and optimizer."""
         config, setting = self.config, self.config.setting
-        self.data = data = TaskData(setting, config.batch_size, config.seed, self.device)
+        self.data = data = (TaskData(setting, config.batch_size, config.seed, self.device)
+                            if setting else TextData(config, self.ranks, self.device))
         self.steps = config.steps or config.epochs * data.epoch_steps
-        self.eval_every = config.eval_every or max(1, data.epoch_steps // 2)
-        self.say(f"data     {config.task}: {len(data.train):,} training and {len(data.test):,} "
-                 f"test sequences of {setting.length} tokens, vocabulary {setting.vocab_size}")
+        if config.warmup >= self.steps:
+            raise ValueError(f"warmup is {config.warmup}; permitted: less than the run's "
+                             f"{self.steps} steps")
+        self.eval_every = config.eval_every or data.test_every
+        self.say(f"data     {config.task}: {data.describe()}")
+        if self.ranks.count > 1:
+            self.say(f"ranks    {self.ranks.count} processes share each batch")
         torch.manual_seed(config.seed)
-        self.model = Model(config.pattern, setting.vocab_size, config.dim, setting.length,
-                           setting.backbone).to(self.device)
+        self.model = Model(config.pattern, data.vocab_size, config.dim, data.length,
+                           setting.backbone if setting else "lm").to(self.device)
         self.optimizer, (yes, no) = make_optimizer(self.model, config)
         self.say(f"decay    {config.weight_decay} on {yes:,} parameters (matrices), 0 on {no:,} "
                  f"(norms, biases, filters, decay rates)")
@@ -422,16 +662,18 @@ class Run:
     def choose_graph(self):
         """self.score: `scored`, compiled if that pays within the run."""
         def one_step():
-            self.plain_score(*self.data.batch(self.step))[0].backward()
+            for part in self.data.parts(self.step):
+                self.plain_score(*part)[0].backward()
             self.optimizer.zero_grad()
         left = self.steps - self.step
         measured = seconds(one_step, self.device, 1) if self.config.compile == "auto" and left else 0
+        measured = self.ranks.largest(measured)
         self.compiled, reason = choose_compile(self.config.compile, self.device, left, measured)
         self.score = self.plain_score
         if self.compiled:
             self.score = torch.compile(self.plain_score, dynamic=False)
             try:
-                self.score(*self.data.batch(self.step))
+                self.score(*next(iter(self.data.parts(self.step))))
             except Exception as error:            # whatever the compiler or its compiler throw
                 if self.config.compile == "on":
                     raise
@@ -442,6 +684,8 @@ class Run:
     # -- disk ------------------------------------------------------------------------------------
 
     def save(self):
+        if self.ranks.rank > 0:
+            return
         content = dict(step=self.step, best=self.best, metrics=self.metrics,
                        train_seconds=self.train_seconds, log_bytes=self.log_path.stat().st_size,
                        model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
@@ -463,8 +707,9 @@ class Run:
         self.say(f"resume   from step {self.step:,} of {self.steps:,} ({path})")
 
     def log(self, **line):
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(dict(step=self.step, **line)) + "\n")
+        if self.ranks.rank == 0:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(dict(step=self.step, **line)) + "\n")
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -472,17 +717,21 @@ class Run:
         """A step; nothing in it waits for the device. Returns tokens, loss, gradient's norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.steps)
-        tokens, targets = self.data.batch(self.step)
-        loss, _ = self.score(tokens, targets)
-        loss.backward()
+        loss, n = 0.0, self.config.accumulate
+        for tokens, targets in self.data.parts(self.step):
+            part = self.score(tokens, targets)[0] / n
+            part.backward()
+            loss = loss + part.detach()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.average([loss, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return tokens.numel(), loss.detach(), norm
+        self.signal = self.signal or int(self.ranks.largest(self.asked_to_stop)) or None
+        return self.data.batch_size * self.data.length, loss, norm
 
     def some_steps(self, bar):
         """Steps up to the next log line or test, then one look at the loss; less on a signal."""
@@ -505,6 +754,8 @@ class Run:
         self.shown |= dict(loss=f"{loss:.4f}", lr=f"{rate:.1e}", tokens_s=f"{tokens / took:,.0f}")
 
     def test(self):
+        if self.config.task == "text":
+            return self.test_text()
         self.metrics = evaluate(self.score, self.data)
         self.log(**self.metrics)
         accuracy = self.metrics["test_accuracy"]
@@ -515,11 +766,21 @@ class Run:
             self.ended = (f"stopped early at {100 * self.config.early_stop:g}% test accuracy, as "
                           f"the protocol allows")
 
+    def test_text(self):
+        """`best` may be of an earlier test, which reads fewer windows than the last one."""
+        last = self.step == self.steps
+        self.metrics = evaluate_text(self.score, self.data, LAST_WINDOWS if last else TEST_WINDOWS)
+        self.log(**self.metrics)
+        if self.metrics["val_loss"] <= self.best.get("val_loss", math.inf):
+            self.best = dict(self.metrics, step=self.step)
+        self.shown |= dict(val_loss=f"{self.metrics['val_loss']:.4f}")
+
     def go(self):
         """Train to the end, an early stop or a signal. Returns True unless it was a signal."""
         saved = time.perf_counter()
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
-                  desc=self.config.layers or self.config.arch) as bar, catching_signals(self):
+                  desc=self.config.layers or self.config.arch,
+                  disable=self.ranks.rank > 0) as bar, catching_signals(self):
             while self.ended is None and self.signal is None:
                 self.some_steps(bar)
                 if self.step % self.eval_every == 0 or self.step == self.steps:
@@ -535,17 +796,18 @@ class Run:
     def result(self):
         """The contents of result.json."""
         sequences = self.step * self.data.batch_size
-        T = self.data.setting.length
+        T = self.data.length
         return dict(
-            **self.metrics, best=self.best, chance=self.data.chance, ceiling=self.data.ceiling,
+            **self.metrics, best=self.best, **self.data.facts,
             steps=self.step, planned_steps=self.steps, ended=self.ended,
             tokens_per_s=round(sequences * T / self.train_seconds),
             wall_s=round(time.perf_counter() - self.started, 2),
             train_flops=3 * sequences * total(ledger(self.model, T)).flops,
             parameters=sum(p.numel() for p in self.model.parameters()),
-            config=identity(self.config), data_sha256=self.data.sha256, git=git_hash(),
+            config=identity(self.config), git=git_hash(),
             machine=dict(device=self.device, dtype=str(self.dtype)[6:], compiled=self.compiled,
-                         threads=torch.get_num_threads(), platform=platform.platform()),
+                         threads=torch.get_num_threads(), platform=platform.platform(),
+                         processes=self.ranks.count),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           numpy=np.__version__))
 
@@ -554,9 +816,9 @@ class Run:
 def catching_signals(run):
     """The first Ctrl-C or SIGTERM ends the run after the step under way; the second at once."""
     def stop(number, _):
-        if run.signal:
+        if run.asked_to_stop:
             raise KeyboardInterrupt
-        run.signal = number
+        run.asked_to_stop = number            # becomes run.signal when all processes know of it
     main = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if main}
     try:
@@ -567,7 +829,10 @@ def catching_signals(run):
 
 
 class Interrupted(Exception):
-    """A signal ended the run after it was saved; args: a line that says how to go on, number."""
+    """
+    A signal ended the run after it was saved; args: a line that says how to go on (None where
+    another process says it), number.
+    """
 
 
 def train(config, say=print):
@@ -581,17 +846,39 @@ def train(config, say=print):
             f"another --seed or --name")
         return json.loads(done.read_text()) | dict(folder=str(folder))
     run = Run(config, folder, say)
-    say("\n" + show_ledger(run.model, run.data.setting.length) + "\n")
+    run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
     if not run.go():
-        raise Interrupted(f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the "
-                          f"same command goes on from there", run.signal)
+        line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
+                f"command goes on from there")
+        raise Interrupted(line if run.ranks.rank == 0 else None, run.signal)
     result = run.result()
-    write_json(done, result)
+    if run.ranks.rank == 0:
+        write_json(done, result)
     return result | dict(folder=str(folder))
+
+
+def text_summary(config, r):
+    sample = shlex.join(["python", "train.py", "--sample", r["folder"], "--prompt", "def "])
+    bits, tokens = r["bits_per_byte"], r["steps"] * config.batch_size * config.context
+    other = "transformer" if config.arch != "transformer" else "hybrid"
+    data = " " + shlex.join(["--data", config.data]) if config.data else ""
+    return "\n".join([
+        f"validation loss  {r['val_loss']:.4f} a token"
+        + (f", {bits:.4f} bits a byte" if bits else "")
+        + f"; {100 * r['val_accuracy']:.1f}% of tokens right",
+        f"training         {r['steps']:,} steps, {tokens:,} tokens, {r['train_flops']:.2e} FLOPs",
+        f"time             {r['wall_s']:.0f} s in all, {r['tokens_per_s']:,} tokens a second in "
+        f"training",
+        f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
+        "next: more text from this model, the same corpus for another architecture",
+        f"  {sample}",
+        f"  python train.py --arch {other} --task text{data}"])
 
 
 def summary(config, r):
     """What a run came to, and what to try next."""
+    if config.task == "text":
+        return text_summary(config, r)
     other = "transformer" if config.arch != "transformer" else "hybrid"
     task = "" if config.task == TrainConfig.task else f" --task {config.task}"
     lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens, {r['macro_accuracy']:.4f} "
@@ -608,17 +895,154 @@ def summary(config, r):
     return "\n".join(lines)
 
 
+# =================================================================================================
+# Text from a run
+# =================================================================================================
+
+
+@dataclass
+class SampleConfig:
+    """
+    Let the model of a text run write, one token at a time, through the layers' `step`.
+
+    ValueError names a bad field, its value and the range.
+    """
+    sample: str = option("", "folder of a text run, such as out/hybrid_text")
+    prompt: str = option("def ", "the text to go on from")
+    tokens: int = option(200, "how many to write", low=1)
+    temperature: float = option(0.8, "0: always the likeliest token; above 1: bolder", low=0.0)
+    top_k: int = option(50, "draw from this many likeliest tokens", low=1)
+    seed: int = option(0, "of the draws", low=0)
+    device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_field(f, getattr(self, f.name))
+        if 0 < self.temperature < 0.001:
+            raise ValueError(f"temperature is {self.temperature!r}; permitted: 0, or from 0.001")
+
+
+def load_run(folder, device):
+    """A text run's model from its checkpoint, and its tokenizer. ValueError of one line if not."""
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        task = saved["task"]
+        if task != "text":
+            raise ValueError(f"{folder} is a run of {task}: only runs of --task text write text")
+        model = Model(saved["pattern"], tasks.vocab_size(saved["tokenizer"]), saved["dim"],
+                      saved["context"])
+        content = torch.load(folder / "ckpt.pt", map_location=device, weights_only=True)
+        model.load_state_dict(content["model"])
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} does not exist: --sample takes the folder of a text "
+                         f"run that has saved a checkpoint") from None
+    except (KeyError, TypeError, EOFError, OSError, RuntimeError, pickle.UnpicklingError,
+            json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} does not hold a run of this code that can be read "
+                         f"({' '.join(str(error).split())[:120]})") from None
+    return model.to(device), saved["tokenizer"]
+
+
+def encode(text, tokenizer):
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt {text!r} is not text ({error.reason})") from None
+    if not text:
+        raise ValueError("the prompt is empty; permitted: at least one character")
+    return (list(raw) if tokenizer == "bytes" else
+            tasks.get_encoding(tokenizer).encode_ordinary(text))
+
+
+def token_bytes(tokenizer):
+    """A function from a token's id to its bytes."""
+    if tokenizer == "bytes":
+        return lambda token: bytes([token])
+    encoding = tasks.get_encoding(tokenizer)
+
+    def look_up(token):
+        try:
+            return encoding.decode_single_token_bytes(token)
+        except KeyError:                      # tiktoken's vocabularies have a few unused ids
+            return "\ufffd".encode()
+    return look_up
+
+
+@torch.no_grad()
+def sample(config, show=lambda text: print(text, end="", flush=True)):
+    """
+    Shows prompt and continuation as they come, bytes that are no UTF-8 as the replacement sign.
+    Returns the new tokens' ids, and a line about speed and state.
+    """
+    device, _ = choose_device(config.device)
+    model, tokenizer = load_run(config.sample, device)
+    prompt, to_bytes = encode(config.prompt, tokenizer), token_bytes(tokenizer)
+    reader = codecs.getincrementaldecoder("utf-8")("replace")
+    torch.manual_seed(config.seed)
+    show(config.prompt)
+    start, state, ids = time.perf_counter(), model.init_state(1), []
+    for token in torch.tensor(prompt, device=device):
+        logits, state = model.step(token[None], state)
+    for _ in range(config.tokens):
+        token = pick(logits, config.temperature, config.top_k)
+        ids.append(token.item())
+        show(reader.decode(to_bytes(ids[-1])))
+        logits, state = model.step(token, state)
+    show(reader.decode(b"", final=True) + "\n")
+    count = len(prompt) + len(ids)
+    line = (f"{count / (time.perf_counter() - start):,.0f} tokens a second on {device}; the state "
+            f"after {count:,} tokens is {sum(map(count_state, state)):,} numbers")
+    if count > model.max_len:
+        line += f"; what comes after {model.max_len:,} is longer than all it was trained on"
+    return ids, line
+
+
+def sample_after(config, result):
+    """A few lines from a model just trained."""
+    prompt = "def " if config.data is None else "\n"
+    try:
+        print("\n" + sample(SampleConfig(sample=result["folder"], prompt=prompt))[1])
+    except ValueError as error:
+        print(f"no sample: {error}")
+
+
+# =================================================================================================
+# The program
+# =================================================================================================
+
+
+def run_and_report(argv):
+    """What the arguments ask for."""
+    if any(a.partition("=")[0] == "--sample" for a in argv):
+        print("\n" + sample(parse_args(argv, SampleConfig))[1])
+        return
+    config = parse_args(argv)
+    if config.task != "text" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"torchrun's processes can share a run of --task text, not one of "
+                         f"{config.task}: start this one with python train.py")
+    result = train(config)
+    if Ranks(config.task).rank == 0:
+        print("\n" + summary(config, result))
+        if config.task == "text":
+            sample_after(config, result)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main():
     try:
-        config = parse_args()
-        result = train(config)
+        run_and_report(sys.argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(stop.args[0], file=sys.stderr)
+        if stop.args[0]:
+            print(stop.args[0], file=sys.stderr)
         return 128 + stop.args[1]
-    print("\n" + summary(config, result))
+    except KeyboardInterrupt:
+        print("stopped at once; what was saved before stays", file=sys.stderr)
+        return 130
     return 0
 
 
