@@ -34,6 +34,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -47,8 +48,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
-from layers import count_state, fastest_dtype, seconds, tune_allocator
-from model import ARCHS, Model, decayed, find_pattern, ledger, pick, show_ledger, total
+from layers import count_state, fastest_dtype, peak_memory, seconds, tune_allocator
+from model import ARCHS, Model, decayed, find_pattern, ledger, pick, show_ledger, stripe, total
 
 # =================================================================================================
 # The command line: a field is an option, its help text beside it
@@ -98,11 +99,11 @@ class TrainConfig:
     seed: int = option(0, "of parameters, data and order", low=0)
     device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
     dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products")
-    compile: str = choice("auto", "on", "off", text="torch.compile")
+    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile")
     out: str = option("out", "folder that run folders go into")
     name: str | None = option(None, "of the run's folder; the default is made from the options")
     clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
-    eval_every: int | None = option(None, "steps between tests; the default is half an epoch", low=1)
+    eval_every: int | None = option(None, "steps between tests (the default: half an epoch)", low=1)
     early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
                                of="MAD")
 
@@ -197,7 +198,8 @@ def parse_args(argv=None, kind=None):
     parser = argparse.ArgumentParser(
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
-        + ". To generate text from a run: train.py --sample out/RUN -h")
+        + ". To generate text from a run: train.py --sample out/RUN -h. To time whole steps on this "
+        "machine: train.py --benchmark")
     for f in dataclasses.fields(kind):
         parser.add_argument("--" + f.name.replace("_", "-"), type=field_type(f), default=f.default,
                             metavar=field_type(f).__name__.upper(),
@@ -245,7 +247,7 @@ SAVED_BY_COMPILING, COMPILE_SECONDS = 0.4, 40
 def choose_compile(wanted, device, steps, step_seconds):
     """Whether to compile, and why. step_seconds: one uncompiled step, measured."""
     if wanted != "auto":
-        return wanted == "on", "asked for"
+        return wanted != "off", "asked for"
     if device == "mps":
         return False, "not tried on Apple GPUs"
     if device == "cpu" and not has_compiler():
@@ -666,18 +668,21 @@ class Run:
                 self.plain_score(*part)[0].backward()
             self.optimizer.zero_grad()
         left = self.steps - self.step
-        measured = seconds(one_step, self.device, 1) if self.config.compile == "auto" and left else 0
+        auto = self.config.compile == "auto"
+        measured = seconds(one_step, self.device, 1) if auto and left else 0
         measured = self.ranks.largest(measured)
         self.compiled, reason = choose_compile(self.config.compile, self.device, left, measured)
         self.score = self.plain_score
         if self.compiled:
-            self.score = torch.compile(self.plain_score, dynamic=False)
+            mode = "max-autotune" if self.config.compile == "max-autotune" else None
+            self.score = torch.compile(self.plain_score, dynamic=False, mode=mode)
             try:
                 self.score(*next(iter(self.data.parts(self.step))))
             except Exception as error:            # whatever the compiler or its compiler throw
-                if self.config.compile == "on":
+                if not auto:
                     raise
-                reason = f"failed here ({type(error).__name__}: {str(error).split(chr(10))[0][:150]})"
+                why = str(error).split("\n")[0][:150]
+                reason = f"failed here ({type(error).__name__}: {why})"
                 self.score, self.compiled = self.plain_score, False
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
 
@@ -793,6 +798,10 @@ class Run:
                     saved = time.perf_counter()
         return self.ended is not None
 
+    def step_flops(self):
+        """Of an optimizer step: forward, and twice that backward."""
+        return 3 * self.data.batch_size * total(ledger(self.model, self.data.length)).flops
+
     def result(self):
         """The contents of result.json."""
         sequences = self.step * self.data.batch_size
@@ -802,7 +811,7 @@ class Run:
             steps=self.step, planned_steps=self.steps, ended=self.ended,
             tokens_per_s=round(sequences * T / self.train_seconds),
             wall_s=round(time.perf_counter() - self.started, 2),
-            train_flops=3 * sequences * total(ledger(self.model, T)).flops,
+            train_flops=self.step * self.step_flops(),
             parameters=sum(p.numel() for p in self.model.parameters()),
             config=identity(self.config), git=git_hash(),
             machine=dict(device=self.device, dtype=str(self.dtype)[6:], compiled=self.compiled,
@@ -893,6 +902,63 @@ def summary(config, r):
              f"  python train.py --arch {config.arch} --task selective-copying",
              f"  python train.py --arch {config.arch}{task} --epochs 200"]
     return "\n".join(lines)
+
+
+# =================================================================================================
+# How fast: `python train.py --benchmark`
+# =================================================================================================
+
+# Dense bfloat16 FLOPs a second in the makers' data sheets, by a part of torch's name for the card.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12,
+         "RTX 3090": 71e12}
+
+
+def peak_flops(device):
+    """Of this card, or None where the table does not have it (every CPU)."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+def benchmark_runs(config, device):
+    """(title, TrainConfig): MAD's baseline everywhere; on a card text models to 410 M, too."""
+    change = lambda **k: dataclasses.replace(config, steps=1000, **k)
+    for arch in ("transformer", "hybrid", "mamba"):
+        yield arch, change(arch=arch)
+    shapes = [(512, 6, 8), (768, 12, 12), (1024, 24, 16)] if device == "cuda" else []
+    for width, depth, heads in shapes:                  # 20 M, 85 M, 302 M without embeddings
+        for name, every in (("transformer", 1), ("hybrid", 4)):
+            pattern = stripe(f"mh-hyena(heads={heads})", "swiglu", depth, every,
+                             f"mh-attention(heads={heads})")
+            yield (f"{name}, {depth} x {width}, T 2048",
+                   change(task="text", layers=pattern, dim=width, context=2048, batch_size=16))
+
+
+def benchmark(config, steps=20):
+    """A line a model: the time of a whole optimizer step, and what it makes of this machine."""
+    device, reason = choose_device(config.device)
+    if device == "cpu":
+        tune_allocator()
+    a, b = torch.randn(2, 1024, 1024, device=device)
+    unit, peak = lambda: seconds(lambda: a @ b, device, 20), peak_flops(device)
+    print(f"{device}: {reason}; torch {torch.__version__}\n"
+          f"unit: a 1024^3 float32 product, {1e3 * unit():.2f} ms\n\n"
+          f"{'model':<28}{'parameters':>12}{'tokens/step':>12}{'ms/step':>9}{'units':>7}"
+          f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}  compiled")
+    for title, run_config in benchmark_runs(config, device):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(run_config, Path(folder), lambda _: None)
+
+            def some():
+                for _ in range(steps):
+                    run.one_step()
+            took, now = seconds(some, device, 2) / steps, unit()
+            memory = peak_memory(some, device) or math.nan
+            tokens, flops = run.data.batch_size * run.data.length, run.step_flops()
+            mfu = f"{flops / took / peak:.3f}" if peak else "n/a"
+            print(f"{title:<28}{sum(p.numel() for p in run.model.parameters()):>12,}{tokens:>12,}"
+                  f"{1e3 * took:>9.1f}{took / now:>7.1f}{tokens / took:>10,.0f}"
+                  f"{flops / took / 1e9:>9,.0f}{mfu:>7}{memory:>9,.0f}  "
+                  f"{'yes' if run.compiled else 'no'}", flush=True)
 
 
 # =================================================================================================
@@ -1017,6 +1083,8 @@ def run_and_report(argv):
     if any(a.partition("=")[0] == "--sample" for a in argv):
         print("\n" + sample(parse_args(argv, SampleConfig))[1])
         return
+    if "--benchmark" in argv:
+        return benchmark(parse_args([a for a in argv if a != "--benchmark"]))
     config = parse_args(argv)
     if config.task != "text" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"torchrun's processes can share a run of --task text, not one of "
