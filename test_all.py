@@ -1027,7 +1027,7 @@ def test_partial_batches_are_tested_whole(tmp_path):
     (["--layers", "mh-attenton swiglu"], "did you mean 'mh-attention'"),
     (["--lr", "-1"], "lr is -1.0"), (["--lr", "nan"], "lr is nan"), (["--steps", "0"], "at least 1"),
     (["--seq-len", "127"], "even number"), (["--device", "tpu9"], "try --device cpu"),
-    (["--steps", "ten"], "invalid"), (["--compile", "maybe"], "on, off"), (["--name", "//"], "name")])
+    (["--steps", "ten"], "invalid"), (["--compile", "maybe"], "on, max-autotune, off"), (["--name", "//"], "name")])
 def test_mistakes_on_the_command_line_end_in_one_line(args, message, tmp_path):
     done = command(*args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
@@ -1322,6 +1322,28 @@ def test_mistakes_with_several_processes(tmp_path, monkeypatch):
     ranks.largest = lambda number: abs(number)           # another process has another number
     with pytest.raises(ValueError, match="differ in the corpus"):
         ranks.check_same("the corpus", -5)
+
+
+def test_one_compilation_serves_steps_rates_and_tests(tmp_path, monkeypatch):
+    compiled, graphs = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled(
+        f, dynamic=False, fullgraph=True, backend=lambda graph, _: (graphs.append(1), graph)[1]))
+    torch._dynamo.reset()
+    train.train(small(tmp_path, compile="on", steps=12, eval_every=5), quiet)
+    assert len(graphs) == 1
+
+
+def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
+    run = train.Run(small(tmp_path, clip=1.0), tmp_path / "run", quiet)
+
+    def waits(*_):
+        raise AssertionError("the step looks at a number on the device")
+    for name in ("item", "cpu", "numpy", "tolist", "__float__", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    with pytest.raises(AssertionError):
+        float(torch.ones(1))
+    for _ in range(3):
+        run.one_step()
 
 
 @pytest.mark.skipif(train.has_compiler() is None, reason="torch.compile on a CPU needs g++")

@@ -198,8 +198,7 @@ def parse_args(argv=None, kind=None):
     parser = argparse.ArgumentParser(
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
-        + ". To generate text from a run: train.py --sample out/RUN -h. To time whole steps on this "
-        "machine: train.py --benchmark")
+        + ". Text from a run: train.py --sample out/RUN -h. Speed: train.py --benchmark")
     for f in dataclasses.fields(kind):
         parser.add_argument("--" + f.name.replace("_", "-"), type=field_type(f), default=f.default,
                             metavar=field_type(f).__name__.upper(),
