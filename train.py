@@ -8,6 +8,7 @@ How a model learns: one run of one task, from the command line to a folder of re
     python train.py --arch hybrid --task text           a language model of Python's own sources
     python train.py --sample out/hybrid_text --prompt "def "     what it writes
     torchrun --nproc_per_node 2 train.py --task text    the same run, shared by two processes
+    python train.py --arch hybrid --task mad            the MAD score: a grid of runs, resumable
     python train.py -h                                  every option
 
 Protocol (Poli et al. 2024; mad.md, section 1): AdamW with betas (0.9, 0.98), cosine decay to 1e-6,
@@ -19,13 +20,16 @@ A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt
   B batch   T time   M vocabulary
 """
 import argparse
+import ast
 import codecs
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -37,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +84,10 @@ class TrainConfig:
     seq_len: int | None = option(None, "length T of the task's sequences", low=1, of="MAD")
     vocab_size: int | None = option(None, "vocabulary of the task", low=1, of="MAD")
     num_train: int | None = option(None, "training sequences", low=1, of="MAD")
+    frac_noise: float | None = option(None, "part of the pairs that are noise (noisy recall)",
+                                      low=0.0, of="MAD")
+    num_tokens_to_copy: int | None = option(None, "tokens to copy (selective copying)", low=1,
+                                            of="MAD")
     data: str | None = option(None, "text file, folder of them, .bin or .npy of tokens (the "
                               "default: the sources of Python's standard library)", of="text")
     tokenizer: str = option("bytes", "bytes or one of tiktoken's, such as gpt2", of="text")
@@ -131,24 +140,29 @@ class TrainConfig:
         """The task's baseline with what the options change; None for text."""
         if self.task == "text":
             return None
-        changes = {k: getattr(self, k) for k in ("seq_len", "vocab_size", "num_train")}
-        return dataclasses.replace(tasks.BASELINES[self.task],
-                                   **{k: v for k, v in changes.items() if v is not None})
+        changes = {k: getattr(self, k) for k in SETTING_OPTIONS if getattr(self, k) is not None}
+        if self.task != "selective-copying" and "num_tokens_to_copy" in changes:
+            raise ValueError(f"num_tokens_to_copy is {self.num_tokens_to_copy}, but --task "
+                             f"{self.task} has no use for it: only selective-copying takes it")
+        return dataclasses.replace(tasks.BASELINES[self.task], **changes)
 
     @property
     def run_name(self):
         """--name, or architecture and task and whatever else is not the default."""
         if self.name is not None:
             return safe_name(self.name)
-        parts = [self.layers or self.arch, self.task]
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value != self.default(f) and f.name not in ("arch", "layers", "task", "out", "name"):
-                value = Path(value).name if f.name == "data" else value
-                parts.append(f"{f.name.replace('_', '-')}={value}")
-        return safe_name("_".join(parts))
+        parts = [f"{name}={Path(value).name if name == 'data' else value}"
+                 for name, value in self.changed()]
+        return safe_name("_".join([self.layers or self.arch, self.task, *parts]))
+
+    def changed(self):
+        """[(option, value)] that are not this task's defaults, without names and folders."""
+        return [(f.name.replace("_", "-"), getattr(self, f.name)) for f in dataclasses.fields(self)
+                if getattr(self, f.name) != self.default(f)
+                and f.name not in ("arch", "layers", "task", "out", "name")]
 
 
+SETTING_OPTIONS = ("seq_len", "vocab_size", "num_train", "frac_noise", "num_tokens_to_copy")
 MAD_DEFAULTS = dict(batch_size=128)
 TEXT_DEFAULTS = dict(batch_size=32, context=128, steps=2000)      # minutes on two CPU cores
 
@@ -162,7 +176,8 @@ def check_field(f, value):
     kind, low = field_type(f), f.metadata.get("low")
     if value is None and f.default is None:
         return
-    fits = isinstance(value, (int, float) if kind is float else kind) and value is not True
+    fits = (isinstance(value, (int, float) if kind is float else kind)
+            and (value is not True or kind is bool))
     if not fits or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{f.name} is {value!r}; it takes a {kind.__name__}")
     if low is not None and value < low:
@@ -198,12 +213,14 @@ def parse_args(argv=None, kind=None):
     parser = argparse.ArgumentParser(
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
-        + ". Text from a run: train.py --sample out/RUN -h. Speed: train.py --benchmark")
+        + ". Text from a run: train.py --sample out/RUN -h. The MAD protocol, all tasks in one score: "
+        "train.py --task mad -h. Speed: train.py --benchmark")
     for f in dataclasses.fields(kind):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=field_type(f), default=f.default,
-                            metavar=field_type(f).__name__.upper(),
-                            help=f.metadata["help"] + ("" if f.default in (None, "") else
-                                                       f" (default {f.default})"))
+        shown = f.default is not None and f.default is not False and f.default != ""
+        how = (dict(action="store_true") if field_type(f) is bool else
+               dict(type=field_type(f), metavar=field_type(f).__name__.upper()))
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
+                            help=f.metadata["help"] + f" (default {f.default})" * shown)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         valid = [o for a in parser._actions for o in a.option_strings]
@@ -550,11 +567,23 @@ def write_json(path, content):
     write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
+def meaning(source):
+    """Python source as its syntax tree, without comments, docstrings, spaces and line numbers."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and \
+                ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+@functools.cache                              # the code that this process runs, edited or not
 def code_version():
-    """A hash of the four files that determine a result."""
+    """A hash of what the four files say that determine a result; a comment is free to change."""
     sources = [Path(__file__).with_name(n) for n in ("tasks.py", "layers.py", "model.py",
                                                      "train.py")]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    text = "\n".join(meaning(p.read_text(encoding="utf-8")) for p in sources)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def git_hash():
@@ -582,7 +611,7 @@ def find_folder(config):
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}/config.json can't be read ({error}); choose another "
                              f"--name or --out") from None
-        if found is None or found == wanted:
+        if found is None or {k: v for k, v in found.items() if k != "command"} == wanted:
             break
         differ = [f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in wanted
                   if found.get(k) != wanted.get(k)]
@@ -594,8 +623,112 @@ def find_folder(config):
 
 
 def identity(config):
-    """What determines a run's result, as JSON."""
-    return {**dataclasses.asdict(config), "pattern": config.pattern, "code": code_version()}
+    """What determines a run's result, as JSON; where it is written does not."""
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "name")}
+    return {**options, "pattern": config.pattern, "code": code_version(),
+            "setting": dataclasses.asdict(config.setting) if config.setting else None}
+
+
+def command_of(config):
+    """The command that makes this run, in a folder with a default name."""
+    words = ["--arch", config.arch] if config.layers is None else ["--layers", config.layers]
+    for name, value in config.changed():
+        words += ["--" + name, str(value)]
+    return shlex.join(["python", "train.py", *words, "--task", config.task])
+
+
+class InUse(ValueError):
+    """Another process works in this folder."""
+
+
+def started_at(pid):
+    """When a process began, in ticks since this machine did; None where /proc doesn't say."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state[0] == "Z" else state[19]              # Z: dead, its parent didn't look
+
+
+def read_lock(path):
+    """Who holds it: {} if it can't be read (yet), None if there is no lock."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+
+
+def holds_still(holder, path):
+    """
+    Whether the process of a lock lives. One of another machine can't be looked at: it counts as
+    alive. A lock without content is one in the making, unless it is older than 10 seconds.
+    """
+    if not holder:
+        return path.exists() and time.time() - path.stat().st_mtime < 10
+    if holder["host"] != platform.node() or os.name == "nt":   # there, os.kill(pid, 0) kills
+        return True
+    try:
+        os.kill(holder["pid"], 0)             # asks only
+    except ProcessLookupError:
+        return False
+    except OSError:                           # there, but another user's
+        pass
+    return holder["started"] == started_at(holder["pid"])      # else its number was given anew
+
+
+def remove_stale(path, holder):
+    """Another may have taken the lock over since `holder` was read: such a lock is put back."""
+    aside = path.with_name(f".lock.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if read_lock(aside) != holder:
+        os.link(aside, path)
+    aside.unlink()
+
+
+def take_lock(folder):
+    """InUse says who has it."""
+    path, mine = folder / "lock", dict(host=platform.node(), pid=os.getpid(),
+                                       started=started_at(os.getpid()))
+    while True:
+        try:
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            holder = read_lock(path)
+        if holder is not None and holds_still(holder, path):
+            raise InUse(f"{folder} is in use by process {holder.get('pid', '(unknown)')} on "
+                        f"{holder.get('host', 'some machine')}; wait for it, stop it, or choose "
+                        f"another --name. If it is long gone, delete {path}")
+        if holder is not None:
+            remove_stale(path, holder)
+    with os.fdopen(file, "w") as lock:
+        lock.write(json.dumps(mine))
+
+
+@contextlib.contextmanager
+def claim(folder):
+    """
+    One process at a time works in a folder, even of several machines: `folder/lock` names it. InUse
+    if another one does. The lock of a dead process is taken over. Folders made for this are
+    removed again if nothing was put there.
+    """
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        take_lock(folder)
+        try:
+            yield
+        finally:
+            (folder / "lock").unlink()
+    finally:
+        with contextlib.suppress(OSError):    # not empty: there is a run in it
+            for f in made:
+                f.rmdir()
 
 
 # =================================================================================================
@@ -605,11 +738,32 @@ def identity(config):
 LOG_EVERY, SAVE_SECONDS = 10, 30       # steps between log lines; seconds between checkpoints
 
 
+class Shared:
+    """What the runs of a grid share in a process: one model and one compilation for each shape."""
+
+    def __init__(self):
+        self.steps = 0                        # that runs of the shape have before them, about
+        self.shape = self.model = self.score = None
+        self.compiled = False
+
+    def model_for(self, shape, fresh):
+        """A model with fresh's parameters: the last run's, so that its compiled graph serves."""
+        if shape == self.shape:
+            self.model.load_state_dict(fresh.state_dict())
+            self.model.zero_grad()            # a run that failed may have left gradients
+        else:
+            if self.compiled:
+                torch.compiler.reset()        # it keeps few graphs of one function: make room
+            self.shape, self.model, self.score, self.compiled = shape, fresh, None, False
+        return self.model
+
+
 class Run:
     """A run under way: its model, optimizer and data, and their state on disk in `folder`."""
 
-    def __init__(self, config, folder, say=print):
+    def __init__(self, config, folder, say=print, shared=None):
         self.config, self.folder, self.ranks = config, folder, Ranks(config.task)
+        self.shared = shared                  # what runs of a grid share in a process, or None
         self.say = say if self.ranks.rank == 0 else lambda line: None
         self.started, self.step, self.train_seconds = time.perf_counter(), 0, 0.0
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
@@ -619,7 +773,8 @@ class Run:
         self.build()
         folder.mkdir(parents=True, exist_ok=True)     # what is wrong with the options is known now
         if self.ranks.rank == 0 and not (folder / "config.json").exists():
-            write_json(folder / "config.json", identity(config))
+            write_json(folder / "config.json", {**identity(config),
+                                                "command": command_of(config)})
         self.load()
         self.ranks.check_same("the checkpoint", self.step)       # (all have read it when this ends)
         self.choose_graph()
@@ -653,28 +808,35 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = Model(config.pattern, data.vocab_size, config.dim, data.length,
                            setting.backbone if setting else "lm").to(self.device)
+        self.shape = (config.pattern, data.vocab_size, config.dim, data.length, data.batch_size,
+                      self.model.backbone, self.device, self.dtype)
+        if self.shared:
+            self.model = self.shared.model_for(self.shape, self.model)
         self.optimizer, (yes, no) = make_optimizer(self.model, config)
         self.say(f"decay    {config.weight_decay} on {yes:,} parameters (matrices), 0 on {no:,} "
                  f"(norms, biases, filters, decay rates)")
 
-    def plain_score(self, tokens, targets):
-        return scored(self.model, self.dtype, tokens, targets)
-
     def choose_graph(self):
-        """self.score: `scored`, compiled if that pays within the run."""
+        """self.score: `scored`, compiled if that pays within the run, or runs of this shape."""
+        if self.shared and self.shared.score:
+            self.score, self.compiled = self.shared.score, self.shared.compiled
+            return
+        model, dtype = self.model, self.dtype
+        def plain(tokens, targets):           # holds nothing else of this run: others may use it
+            return scored(model, dtype, tokens, targets)
         def one_step():
             for part in self.data.parts(self.step):
-                self.plain_score(*part)[0].backward()
+                plain(*part)[0].backward()
             self.optimizer.zero_grad()
-        left = self.steps - self.step
+        left = self.shared.steps if self.shared else self.steps - self.step
         auto = self.config.compile == "auto"
         measured = seconds(one_step, self.device, 1) if auto and left else 0
         measured = self.ranks.largest(measured)
         self.compiled, reason = choose_compile(self.config.compile, self.device, left, measured)
-        self.score = self.plain_score
+        self.score = plain
         if self.compiled:
             mode = "max-autotune" if self.config.compile == "max-autotune" else None
-            self.score = torch.compile(self.plain_score, dynamic=False, mode=mode)
+            self.score = torch.compile(plain, dynamic=False, mode=mode)
             try:
                 self.score(*next(iter(self.data.parts(self.step))))
             except Exception as error:            # whatever the compiler or its compiler throw
@@ -682,8 +844,10 @@ class Run:
                     raise
                 why = str(error).split("\n")[0][:150]
                 reason = f"failed here ({type(error).__name__}: {why})"
-                self.score, self.compiled = self.plain_score, False
+                self.score, self.compiled = plain, False
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
+        if self.shared:
+            self.shared.score, self.shared.compiled = self.score, self.compiled
 
     # -- disk ------------------------------------------------------------------------------------
 
@@ -784,7 +948,8 @@ class Run:
         saved = time.perf_counter()
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
                   desc=self.config.layers or self.config.arch,
-                  disable=self.ranks.rank > 0) as bar, catching_signals(self):
+                  disable=self.ranks.rank > 0 or self.shared is not None) as bar, \
+                catching_signals(self):
             while self.ended is None and self.signal is None:
                 self.some_steps(bar)
                 if self.step % self.eval_every == 0 or self.step == self.steps:
@@ -805,8 +970,12 @@ class Run:
         """The contents of result.json."""
         sequences = self.step * self.data.batch_size
         T = self.data.length
+        loss = "val_loss" if self.config.task == "text" else "test_loss"
+        with open(self.log_path) as log:
+            tests = [line for line in map(json.loads, log) if loss in line]
         return dict(
-            **self.metrics, best=self.best, **self.data.facts,
+            **self.metrics, best=self.best, least_loss=min(tests, key=lambda line: line[loss]),
+            **self.data.facts,
             steps=self.step, planned_steps=self.steps, ended=self.ended,
             tokens_per_s=round(sequences * T / self.train_seconds),
             wall_s=round(time.perf_counter() - self.started, 2),
@@ -836,24 +1005,33 @@ def catching_signals(run):
             signal.signal(n, handler)
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """
     A signal ended the run after it was saved; args: a line that says how to go on (None where
     another process says it), number.
     """
 
 
-def train(config, say=print):
-    """One run, from its folder's state to its end. Returns the contents of its result.json."""
+def train(config, say=print, shared=None):
+    """
+    One run, from its folder's state to its end. Returns the contents of its result.json. InUse (a
+    ValueError) if another process is at it.
+    """
     folder, note = find_folder(config)
     if note:
         say(f"note     {note}")
+    with claim(folder) if Ranks(config.task).rank == 0 else contextlib.nullcontext():
+        return train_in(folder, config, say, shared)
+
+
+def train_in(folder, config, say, shared):
+    """`train` in a folder that is held."""
     done = folder / "result.json"
     if done.exists():
         say(f"note     this run is finished; its result is shown again. To train once more, choose "
             f"another --seed or --name")
         return json.loads(done.read_text()) | dict(folder=str(folder))
-    run = Run(config, folder, say)
+    run = Run(config, folder, say, shared)
     run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
     if not run.go():
         line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
@@ -901,6 +1079,475 @@ def summary(config, r):
              f"  python train.py --arch {config.arch} --task selective-copying",
              f"  python train.py --arch {config.arch}{task} --epochs 200"]
     return "\n".join(lines)
+
+
+# =================================================================================================
+# The MAD protocol: a grid of runs
+# =================================================================================================
+#
+# A setting's score is the best of its runs, a task's the mean over its settings, the MAD score the
+# mean over tasks; once of token accuracy and once of macro accuracy, which is what was published.
+# Each run is an ordinary run, in a folder named by a hash of all that determines it. These folders
+# are all that processes share: a run with a result is done, a run with a lock is somebody's.
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All numbers that define a way to score an architecture."""
+    settings: tuple              # (Setting, steps of its runs or None: epochs), ...
+    epochs: int | None
+    batch_size: int
+    lrs: tuple                   # the grid: each with each
+    weight_decays: tuple
+    eval_every: int | None       # steps; None: half an epoch
+
+
+PRESETS = {
+    "full": Preset(                                          # the paper's: 396 runs
+        settings=tuple((s, None) for s in tasks.mad_settings()), epochs=200, batch_size=128,
+        lrs=(1e-4, 5e-4, 1e-3), weight_decays=(0.0, 0.1), eval_every=None),
+    # One setting a task: the baseline, but for memorization, which all architectures solve there.
+    # An optimizer step is what tasks are learned in, so a small batch and a high rate cut the cost:
+    # (results/README.md has the minutes that it took.)
+    "quick": Preset(
+        settings=((tasks.BASELINES["in-context-recall"], 1000),
+                  (tasks.BASELINES["fuzzy-in-context-recall"], 800),
+                  (tasks.BASELINES["noisy-in-context-recall"], 1000),
+                  (tasks.BASELINES["selective-copying"], 500),
+                  (tasks.BASELINES["compression"], 1600),
+                  (dataclasses.replace(tasks.BASELINES["memorization"], vocab_size=4096), 1000)),
+        epochs=None, batch_size=32, lrs=(3e-3,), weight_decays=(0.1,), eval_every=100),
+}
+
+
+def same(name):
+    """TrainConfig's option of this name."""
+    f = TrainConfig.__dataclass_fields__[name]
+    return dataclasses.field(default=f.default, metadata=f.metadata)
+
+
+@dataclass
+class MadConfig:
+    """
+    The MAD score of an architecture: every task of a preset, a grid of runs each.
+
+    Runs that are finished are reused, others go on, so that the same command resumes. Rates,
+    decays, steps and batch size are the preset's. ValueError names a bad field, its value and the
+    range.
+    """
+    task: str = choice("mad", text="this protocol")
+    arch: str = same("arch")
+    layers: str | None = same("layers")
+    preset: str = option("quick", f"numbers of the protocol (one of {', '.join(PRESETS)})")
+    tasks: str | None = option(None, "only these, with commas between")
+    settings: str = choice("all", "baseline", text="of each task all the preset's or its first one")
+    workers: int = option(1, "processes on this machine, which share its cores", low=1)
+    no_skip: bool = option(False, "go on with a setting's runs after one has ended by early_stop")
+    select: str = choice("last", "best-loss", text="a run's score is that of its last test or, as "
+                         "in mad-lab, that of the test with the least loss")
+    results: str = option("results/mad", "folder for the scores")
+    dim: int = same("dim")
+    min_lr: float = same("min_lr")
+    warmup: int = same("warmup")
+    beta2: float = same("beta2")
+    schedule: str = same("schedule")
+    seed: int = same("seed")
+    device: str = same("device")
+    dtype: str = same("dtype")
+    compile: str = same("compile")
+    out: str = same("out")
+    clip: float | None = same("clip")
+    early_stop: float = same("early_stop")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_field(f, getattr(self, f.name))
+        if self.preset not in PRESETS:
+            raise tasks.unknown("preset", self.preset, PRESETS)
+        for task in self.task_list:
+            if task not in tasks.TASKS:
+                raise tasks.unknown("tasks", task, tasks.TASKS)
+        grid_of(self)                                        # an impossible run is an error here
+
+    @property
+    def task_list(self):
+        return list(tasks.TASKS) if self.tasks is None else self.tasks.split(",")
+
+    @property
+    def label(self):
+        return self.layers or self.arch
+
+    @property
+    def changed(self):
+        """{option: value} of those that change scores by more than rounding, unless defaults."""
+        names = {*PASSED_ON, "select", "no_skip"} - {"arch", "layers", "seed", "out", "device",
+                                                     "compile"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                if f.name in names and getattr(self, f.name) != f.default}
+
+
+PASSED_ON = tuple(f.name for f in dataclasses.fields(MadConfig) if f.name != "task"
+                  and f.name in TrainConfig.__dataclass_fields__)
+
+
+def run_key(run):
+    """A hash of all that determines a run's result: its options, setting, seed and the code."""
+    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def runs_of(config, setting, steps):
+    """A setting's runs as TrainConfigs, the largest learning rate, which learns soonest, first."""
+    preset, base = PRESETS[config.preset], tasks.BASELINES[setting.task]
+    options = {name: getattr(config, name) for name in PASSED_ON}
+    options |= {k: getattr(setting, k) for k in SETTING_OPTIONS
+                if getattr(setting, k) != getattr(base, k)}
+    options |= dict(task=setting.task, batch_size=preset.batch_size, eval_every=preset.eval_every,
+                    out=str(Path(config.out) / "mad" / safe_name(config.label)))
+    options |= dict(steps=steps) if steps else dict(epochs=preset.epochs)
+    runs = [TrainConfig(**options, lr=lr, weight_decay=decay)
+            for lr in sorted(preset.lrs, reverse=True) for decay in preset.weight_decays]
+    assert all(run.setting == setting for run in runs), f"no options make {setting}"
+    return [dataclasses.replace(run, name=run_key(run)) for run in runs]
+
+
+def grid_of(config):
+    """{setting: [TrainConfig]}; settings of one shape, which one compilation serves, together."""
+    preset = PRESETS[config.preset]
+    chosen = {s: steps for s, steps in preset.settings if s.task in config.task_list}
+    if config.settings == "baseline":
+        firsts = {s.task: s for s in reversed(chosen)}
+        chosen = {s: steps for s, steps in chosen.items() if firsts[s.task] == s}
+    shape = lambda s: (s.backbone, s.length, s.vocab_size, min(s.num_train, preset.batch_size))
+    seen = list(map(shape, chosen))
+    order = sorted(chosen, key=lambda s: seen.index(shape(s)))
+    return {s: runs_of(config, s, chosen[s]) for s in order}
+
+
+def folder_of(run):
+    return Path(run.out) / run.name
+
+
+def planned_steps(run):
+    n = run.setting.num_train
+    return run.steps or run.epochs * (n // min(run.batch_size, n))
+
+
+class Grid:
+    """
+    A protocol's runs and what has become of them, as their folders tell.
+
+    Every process that has the same command makes the same Grid and works on it.
+    """
+
+    def __init__(self, config):
+        self.config, self.runs, self.started = config, grid_of(config), time.time()
+        self.results = {}
+        self.setting = {run.name: s for s, runs in self.runs.items() for run in runs}
+        self.shared = Shared()
+        self.look()
+        self.reused = len(self.results)
+
+    def all_runs(self):
+        return [run for runs in self.runs.values() for run in runs]
+
+    def look(self):
+        """Read the results that have come since the last look."""
+        for run in self.all_runs():
+            if run.name not in self.results:
+                with contextlib.suppress(FileNotFoundError):
+                    self.results[run.name] = json.loads(
+                        (folder_of(run) / "result.json").read_text())
+
+    def solved(self, setting):
+        """Whether a run of it has ended by early_stop: others could add at most 0.001."""
+        return not self.config.no_skip and any(
+            self.results[run.name]["test_accuracy"] >= self.config.early_stop
+            for run in self.runs[setting] if run.name in self.results)
+
+    def failed(self, run):
+        """Whether it failed since this command was started; what failed before is tried again."""
+        try:
+            return (folder_of(run) / "error.txt").stat().st_mtime >= self.started
+        except FileNotFoundError:
+            return False
+
+    def is_open(self, run):
+        return not (run.name in self.results or self.solved(self.setting[run.name])
+                    or self.failed(run))
+
+    def open_runs(self):
+        self.look()
+        return [run for run in self.all_runs() if self.is_open(run)]
+
+    def attempt(self, run):
+        """One run to its end, which may be an error. False if another process is at it."""
+        error = folder_of(run) / "error.txt"
+        try:
+            train(run, lambda line: None, self.shared)
+            error.unlink(missing_ok=True)
+        except InUse:
+            return False
+        except Exception:
+            error.parent.mkdir(parents=True, exist_ok=True)
+            error.write_text(traceback.format_exc())
+            os.utime(error, (time.time(),) * 2)              # by the clock of self.started
+        return True
+
+    def work(self, worker, workers, show=lambda note="": None):
+        """
+        Runs, until none is open. Each worker starts at another setting: then they compile different
+        shapes, and a setting's later runs can be skipped for its first.
+        """
+        settings = list(self.runs)
+        first = len(settings) * worker // workers
+        order = [run for s in settings[first:] + settings[:first] for run in self.runs[s]]
+        while self.open_runs():
+            idle = True
+            for run in order:
+                self.look()
+                if self.is_open(run):
+                    self.shared.steps = self.steps_like(run) // workers
+                    idle = not self.attempt(run) and idle
+                    show()
+            if idle and (left := self.open_runs()):
+                show(f"waiting for {len(left)} that others are at: {folder_of(left[0])}/lock")
+                time.sleep(1)
+
+    def steps_like(self, run):
+        """Steps of all open runs of a run's shape."""
+        shape = lambda r: (r.setting.backbone, r.setting.length, r.setting.vocab_size)
+        return sum(planned_steps(r) for r in self.all_runs()
+                   if shape(r) == shape(run) and self.is_open(r))
+
+    # -- scores ----------------------------------------------------------------------------------
+
+    def run_record(self, run):
+        """What became of a run, as JSON."""
+        record = dict(lr=run.lr, weight_decay=run.weight_decay, folder=run.name)
+        result, error = self.results.get(run.name), folder_of(run) / "error.txt"
+        if result is not None:
+            scores = result if self.config.select == "last" else result["least_loss"]
+            return record | dict(token=scores["test_accuracy"], macro=scores["macro_accuracy"],
+                                 steps=result["steps"], ended=result["ended"],
+                                 wall_s=result["wall_s"])
+        if self.failed(run):
+            return record | dict(failed=error.read_text().strip().splitlines()[-1])
+        return record | (dict(skipped=True) if self.solved(self.setting[run.name]) else {})
+
+    def setting_record(self, setting, runs):
+        """A setting's score: of each kind of accuracy the best of its runs; None without any."""
+        records = [self.run_record(run) for run in runs]
+        ended = [r for r in records if "token" in r]
+        best = max(ended, key=lambda r: (r["token"], r["macro"]), default=None)
+        return dict(setting=dataclasses.asdict(setting), chance=tasks.chance(setting),
+                    token=best and best["token"],
+                    macro=max((r["macro"] for r in ended), default=None),
+                    best=best and {k: best[k] for k in ("lr", "weight_decay")}, runs=records)
+
+    def score(self):
+        """{"settings": [...], "tasks": {task: ...}, "mean": ..., "macro_mean": ...}."""
+        settings = [self.setting_record(s, runs) for s, runs in self.runs.items()]
+        of = lambda task: [r for r in settings if r["setting"]["task"] == task]
+        found = [t for t in tasks.TASKS if of(t)]
+        by_task = {t: {k: mean_of([r[k] for r in of(t)]) for k in ("token", "macro", "chance")}
+                   for t in found}
+        mean = lambda k: mean_of([v[k] for v in by_task.values()] if len(found) == len(tasks.TASKS)
+                                 else [None])
+        return dict(mean=mean("token"), macro_mean=mean("macro"), tasks=by_task, settings=settings)
+
+    def counts(self):
+        """What became of the runs, and which results in their folder belong to no run of it."""
+        records = [r for s, runs in self.runs.items() for r in map(self.run_record, runs)]
+        count = lambda key: sum(key in r for r in records)
+        strangers = [p for p in Path(self.all_runs()[0].out).glob("*/result.json")
+                     if p.parent.name not in self.setting]
+        other_code = sum(json.loads(p.read_text())["config"]["code"] != code_version()
+                         for p in strangers)
+        return dict(runs=len(records), reused=self.reused, trained=len(self.results) - self.reused,
+                    skipped=count("skipped"), failed=count("failed"), open=len(self.open_runs()),
+                    of_other_code=other_code, of_other_options=len(strangers) - other_code)
+
+
+def mean_of(values):
+    """None if one of them is missing: a mean over the rest would be another score."""
+    return None if None in values else sum(values) / len(values)
+
+
+def size_of(config):
+    """Parameters and the paper's state, for in-context recall. ValueError if impossible."""
+    run = TrainConfig(arch=config.arch, layers=config.layers, dim=config.dim)
+    model = Model(run.pattern, run.setting.vocab_size, run.dim, run.setting.length)
+    size = total(ledger(model, run.setting.length))
+    return dict(pattern=run.pattern, parameters=size.parameters, state=size.nominal)
+
+
+def record_of(grid, size):
+    """The contents of the score's file."""
+    config, preset, results = grid.config, PRESETS[grid.config.preset], list(grid.results.values())
+    numbers = {k: v for k, v in dataclasses.asdict(preset).items() if k != "settings"}
+    numbers["steps"] = [steps for _, steps in preset.settings]
+    return dict(arch=config.label, preset=config.preset, seed=config.seed, options=config.changed,
+                **size, **grid.score(), numbers=numbers, counts=grid.counts(),
+                wall_s=round(sum(r["wall_s"] for r in results), 1), code=code_version(),
+                git=git_hash(), machine=results[0]["machine"] if results else None,
+                versions=results[0]["versions"] if results else None)
+
+
+def record_path(config):
+    options = [f"{k.replace('_', '-')}={v}" for k, v in config.changed.items()]
+    name = safe_name("_".join([config.label, f"seed{config.seed}", *options]))
+    return Path(config.results) / config.preset / f"{name}.json"
+
+
+def why_not_recorded(grid, record):
+    """None, or why a score is not one of its preset."""
+    failed = [r for s in record["settings"] for r in s["runs"] if "failed" in r]
+    if record["counts"]["open"]:
+        return f"{record['counts']['open']} runs are not finished; the same command goes on"
+    if not all(r["failed"].startswith("FloatingPointError") for r in failed):
+        return "runs failed; the same command tries them again"
+    if len(grid.runs) < len(PRESETS[grid.config.preset].settings):
+        return "not all settings of the preset were asked for"
+    return "a setting has no run that ended" if record["mean"] is None else None
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def raising_on_signals():
+    """Interrupted at Ctrl-C and SIGTERM, but while a run trains, which then saves and raises it."""
+    def stop(number, _):
+        raise Interrupted(None, number)
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def work_for_parent(grid, worker, workers, threads):
+    """A worker process. Ctrl-C reaches it through its parent, once; it stops if the parent dies."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(threads)
+    choose_gpu(worker)
+    try:
+        with raising_on_signals():
+            grid.work(worker, workers)
+    except Interrupted as stop:
+        sys.exit(128 + stop.args[1])
+
+
+def choose_gpu(worker):
+    if torch.cuda.is_available():
+        torch.cuda.set_device(worker % torch.cuda.device_count())
+
+
+def work_in_processes(grid, count, show):
+    """Starts workers and waits for them. Returns those that ended badly, as a line, or None."""
+    threads = max(1, torch.get_num_threads() // count)
+    context = multiprocessing.get_context("spawn")           # a fork can't use CUDA
+    workers = [context.Process(target=work_for_parent, args=(grid, i, count, threads))
+               for i in range(count)]
+    try:
+        for w in workers:
+            w.start()
+        while any(w.is_alive() for w in workers):
+            time.sleep(0.3)
+            show()
+    finally:
+        for w in workers:
+            if w.is_alive():
+                w.terminate()
+        for w in workers:
+            if w.pid:
+                w.join()
+    return ", ".join(f"worker {i} ended with code {w.exitcode}"
+                     for i, w in enumerate(workers) if w.exitcode) or None
+
+
+def work_on(grid, rank, ranks):
+    """All runs: here, in other processes, or shared with torchrun's. A line if workers died."""
+    config, runs = grid.config, grid.all_runs()
+    done = lambda: len(runs) - len(grid.open_runs())
+    with tqdm(total=len(runs), initial=done(), unit="run", dynamic_ncols=True, smoothing=0,
+              desc=f"{config.label}, {config.preset}", disable=rank > 0) as bar, \
+            raising_on_signals():
+        def show(note=""):
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done() - bar.n)
+        try:
+            if config.workers > 1:
+                return work_in_processes(grid, config.workers, show)
+            if ranks > 1:
+                choose_gpu(int(os.environ.get("LOCAL_RANK", 0)))
+            grid.work(rank, ranks, show)
+        except Interrupted as stop:
+            line = (f"stopped with {done()} of {len(runs)} runs done, those under way saved; the "
+                    f"same command goes on")
+            raise Interrupted(line if rank == 0 else None, stop.args[1]) from None
+
+
+def mad_score(arch, preset="quick", config=None, say=print):
+    """
+    The MAD score of an architecture (a name of ARCHS or a pattern) by a preset of PRESETS.
+
+    config: MadConfig with what else there is to choose. Returns what is recorded in `results`, by
+    record_of, with "file": where, or None and "why_not". Interrupted by a signal, with all saved.
+    """
+    which = dict(arch=arch, layers=None) if arch in ARCHS else dict(layers=arch)
+    config = dataclasses.replace(config or MadConfig(), preset=preset, **which)
+    rank, ranks = (int(os.environ.get(n, alone)) for n, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if ranks > 1 and config.workers > 1:
+        raise ValueError(f"workers is {config.workers}, but torchrun has started {ranks} processes "
+                         f"already; leave one of them out")
+    choose_device(config.device)                             # mistakes end here, before any run
+    grid, size = Grid(config), size_of(config)
+    ended = work_on(grid, rank, ranks)
+    record = record_of(grid, size)
+    why = why_not_recorded(grid, record)
+    path = record_path(config)
+    if why is None and rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    record |= dict(file=None if why else str(path), why_not=why)
+    if rank == 0:
+        say(mad_summary(grid, record, ended))
+    return record
+
+
+def percent(value):
+    return f"{'missing':>9}" if value is None else f"{100 * value:>9.1f}"
+
+
+def mad_summary(grid, record, ended):
+    """What the runs came to."""
+    c, rows = record["counts"], list(record["tasks"].items())
+    lines = ["", f"{'accuracy, %':<26}{'token':>9}{'macro':>9}{'chance':>9}"]
+    lines += [f"{task:<26}" + "".join(percent(v[k]) for k in ("token", "macro", "chance"))
+              for task, v in rows]
+    lines += [f"{'MAD score':<26}{percent(record['mean'])}{percent(record['macro_mean'])}"] * (
+        len(rows) == len(tasks.TASKS))
+    lines += ["", f"runs     {c['runs']}: {c['reused']} reused, {c['trained']} trained, "
+              f"{c['skipped']} skipped (another run of their setting reached "
+              f"{100 * grid.config.early_stop:g}%), {c['failed']} failed, {c['open']} not finished"]
+    if c["of_other_code"] or c["of_other_options"]:
+        lines += [f"unused   {c['of_other_code']} results of other code and "
+                  f"{c['of_other_options']} of other options in {grid.all_runs()[0].out}"]
+    failed = [str(folder_of(run)) for run in grid.all_runs() if grid.failed(run)]
+    if failed:
+        lines += ["failed   error.txt says why in " + ", ".join(failed)]
+    lines += [f"workers  {ended}"] if ended else []
+    return "\n".join([*lines, f"recorded {record['file']}" if record["file"] else
+                      f"recorded nothing: {record['why_not']}"])
 
 
 # =================================================================================================
@@ -1078,12 +1725,17 @@ def sample_after(config, result):
 
 
 def run_and_report(argv):
-    """What the arguments ask for."""
+    """What the arguments ask for. Returns 1 if some of many runs failed."""
     if any(a.partition("=")[0] == "--sample" for a in argv):
         print("\n" + sample(parse_args(argv, SampleConfig))[1])
-        return
+        return 0
     if "--benchmark" in argv:
-        return benchmark(parse_args([a for a in argv if a != "--benchmark"]))
+        benchmark(parse_args([a for a in argv if a != "--benchmark"]))
+        return 0
+    if "--task=mad" in argv or ("--task", "mad") in zip(argv, argv[1:]):
+        config = parse_args(argv, MadConfig)
+        counts = mad_score(config.label, config.preset, config)["counts"]
+        return 1 if counts["failed"] or counts["open"] else 0
     config = parse_args(argv)
     if config.task != "text" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"torchrun's processes can share a run of --task text, not one of "
@@ -1095,11 +1747,12 @@ def run_and_report(argv):
             sample_after(config, result)
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
 
 
 def main():
     try:
-        run_and_report(sys.argv[1:])
+        return run_and_report(sys.argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1110,7 +1763,6 @@ def main():
     except KeyboardInterrupt:
         print("stopped at once; what was saved before stays", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
