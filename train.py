@@ -876,10 +876,8 @@ class Run:
     def restore(self, path):
         """The state of a checkpoint. ValueError if it is damaged or another run's."""
         content = read_checkpoint(path, self.device)
-        written = self.log_path.stat().st_size if self.log_path.exists() else 0
         try:
-            if written < content["log_bytes"]:
-                raise ValueError(f"{self.log_path} has lost lines")
+            log_bytes = int(content["log_bytes"])
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.random = content["random"].cpu()
@@ -888,7 +886,9 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this run ({type(error).__name__}: "
                              f"{' '.join(str(error).split())[:120]})") from None
-        return content["log_bytes"]
+        if log_bytes > (self.log_path.stat().st_size if self.log_path.exists() else 0):
+            raise ValueError(f"{self.log_path} has lost lines that {path} was saved after")
+        return log_bytes
 
     def load(self):
         """
