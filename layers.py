@@ -1336,17 +1336,29 @@ LAYERS = {
 }
 
 
-def build_layer(name, dim, max_len, **overrides):
+def check_setting(name, key, value, default):
+    """A setting is of its default's kind; one whose default is None takes a whole number too."""
+    if value is default:
+        return
+    whole = default is None or isinstance(default, int)
+    if whole and (type(value) is not int or not 1 <= value <= 1 << 20):
+        raise ValueError(f"{name}({key}={value!r}): permitted: a whole number, 1 to {1 << 20}")
+    if isinstance(default, str) and not isinstance(value, str):
+        raise ValueError(f"{name}({key}={value!r}): permitted: a word, such as {default}")
+
+
+def build_layer(name, dim, max_len, /, **overrides):
     """The layer of that name in LAYERS, with its MAD settings or the given ones instead."""
     if name not in LAYERS:
         close = difflib.get_close_matches(name, LAYERS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown layer {name!r}{hint} The layers are: {', '.join(LAYERS)}")
     cls, settings = LAYERS[name]
-    allowed = list(inspect.signature(cls.__init__).parameters)[3:]
-    for key in overrides:
+    allowed = dict(list(inspect.signature(cls.__init__).parameters.items())[3:])
+    for key, value in overrides.items():
         if key not in allowed:
             raise ValueError(f"{name} has no setting {key!r}; it has: {', '.join(allowed)}")
+        check_setting(name, key, value, allowed[key].default)
     return cls(dim, max_len, **{**settings, **overrides})
 
 
