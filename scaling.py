@@ -888,7 +888,7 @@ def read_scores(path):
             data = json.load(file)
         rows = data.items() if isinstance(data, dict) else [(r["arch"], r) for r in data]
         return {arch: float(v["mean"] if isinstance(v, dict) else v) for arch, v in rows}
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise FitError(f"{path}: no scores by arch ({type(error).__name__}: {error})") from None
 
 

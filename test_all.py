@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 import layers
 import model
+import scaling
 import tasks
 import train
 from layers import LAYERS, build_layer
@@ -962,7 +963,7 @@ def test_run_folder_and_repetition(tmp_path):
     first = train.train(small(tmp_path), said.append)
     folder = Path(first["folder"])
     assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "result.json",
-                                                 "ckpt.pt"}
+                                                 "ckpt.pt", "best.pt"}
     result = json.loads((folder / "result.json").read_text())
     for key in ("test_accuracy", "macro_accuracy", "test_loss", "chance", "steps", "tokens_per_s",
                 "wall_s", "config", "versions", "data_sha256", "git", "machine", "train_flops"):
@@ -1233,13 +1234,13 @@ def test_mistakes_with_samples(writer, tmp_path):
     (tmp_path / "list" / "config.json").write_text("[]")
     good = writer["folder"]
     for change, message in [
-            (dict(sample=str(tmp_path / "no")), "does not exist: --sample takes"),
+            (dict(sample=str(tmp_path / "no")), "does not exist: give the folder"),
             (dict(sample=mad), "run of in-context-recall: only"), (dict(sample=good), "empty"),
             (dict(sample=good, prompt="a\udcff"), "not text"), (dict(temperature=-1.0), "at least"),
             (dict(temperature=1e-9), "from 0.001"), (dict(top_k=0), "top_k is 0"),
-            (dict(tokens=0), "tokens is 0"), (dict(sample=str(cut.parent)), "can't be|be read"),
+            (dict(tokens=0), "tokens is 0"), (dict(sample=str(cut.parent)), "truncated or altered"),
             (dict(sample=str(other.parent)), "be read"),
-            (dict(sample=str(tmp_path / "list")), "be read")]:
+            (dict(sample=str(tmp_path / "list")), "no JSON object")]:
         with pytest.raises(ValueError, match=message) as error:
             train.sample(train.SampleConfig(**{"prompt": "", **change}), quiet)
         assert "\n" not in str(error.value)
@@ -1351,6 +1352,542 @@ def test_compiled_run_equals_plain_run(tmp_path):
     results = [train.train(small(tmp_path, compile=c, steps=10), quiet) for c in ("off", "on")]
     losses = [[x["loss"] for x in logged(r["folder"]) if "loss" in x] for r in results]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# =================================================================================================
+# Nothing lost
+# =================================================================================================
+
+FEW_STEPS = dict(task="in-context-recall", seq_len=16, num_train=512, dim=16, batch_size=128,
+                 steps=40, eval_every=12, lr=1e-2, layers="mh-attention(heads=2) swiglu",
+                 compile="off", dtype="float32", device="cpu")
+
+
+def tiny(tmp_path, **changes):
+    return train.TrainConfig(**{**FEW_STEPS, "out": str(tmp_path), **changes})
+
+
+def stopped(config, step):
+    """The folder of a run that a signal ended after `step` steps."""
+    folder, _ = train.find_folder(config)
+    run = train.Run(config, folder, quiet)
+    parts = run.data.parts
+
+    def parts_and_signal(i):
+        run.asked_to_stop = signal.SIGTERM if i + 1 >= step else 0
+        return parts(i)
+    run.data.parts = parts_and_signal
+    assert not run.go() and run.step == step
+    return folder
+
+
+def same_bytes(a, b):
+    """Two folders' parameters, optimizer, best parameters and log lines, less the speeds."""
+    for name in ("ckpt.pt", "best.pt"):
+        x, y = (torch.load(Path(f) / name, weights_only=True) for f in (a, b))
+        [t.pop("train_seconds", None) for t in (x, y)]
+        [t.pop("log_bytes", None) for t in (x, y)]       # a speed's digits vary
+        one, other = (json.dumps(t, default=lambda v: v.numpy().tobytes().hex()) for t in (x, y))
+        if one != other:
+            return False
+    lines = [[{k: v for k, v in x.items() if k != "tokens_per_s"} for x in logged(f)]
+             for f in (a, b)]
+    return lines[0] == lines[1]
+
+
+def kill_at(owner, name, n, delay=None, after=False):
+    """owner.name's n-th call kills this process: before it, after it, or while it goes on."""
+    import itertools
+    import time
+    real, calls = getattr(owner, name, open), itertools.count(1)
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+    def call(*args, **options):
+        here = next(calls) == n
+        if here and delay is not None:
+            threading.Thread(target=lambda: (time.sleep(delay), die())).start()
+        elif here and not after:
+            die()
+        result = real(*args, **options)
+        return die() if here and after else result
+    setattr(owner, name, call)
+
+
+def write_half_and_die(n):
+    class Half:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        __exit__ = print                                 # needed, and never reached
+
+        def write(self, data):
+            self.file.write(data[:len(data) // 2])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    written = []
+
+    def opened(path, mode):
+        written.append(path) if "ckpt.pt" in str(path) else None
+        file = open(path, mode)
+        return Half(file) if len(written) == n else file
+    train.open = opened
+
+
+def kill_points(seed=0):
+    """Ten moments: five in the life of a file, in a test, and four anywhere."""
+    rng = np.random.default_rng(seed)
+    anywhere = [(int(n), float(d)) for n, d in zip(rng.integers(1, 37, 4), rng.random(4) / 50)]
+    return [lambda: kill_at(train, "macro_accuracy", 25),            # in the third test
+            lambda: write_half_and_die(4),
+            lambda: kill_at(os, "fsync", 5),                         # whole, but not in place
+            lambda: kill_at(os, "replace", 7),
+            lambda: kill_at(os, "replace", 8),
+            lambda: kill_at(train.Run, "log", 4, after=True)] + [
+        lambda n=n, d=d: kill_at(train.Run, "one_step", n, delay=d) for n, d in anywhere]
+
+
+def kill_ten_runs(out):
+    """In a process of its own: a run in a fork for each moment, killed there, then resumed."""
+    import torch._dynamo                                 # once, as the optimizer imports it
+    torch.set_num_threads(1)
+    train.SAVE_SECONDS = 0
+
+    def fork(act):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                act()
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    codes = [fork(lambda: train.train(tiny(out, name="whole"), quiet))]
+    for i, kill in enumerate(kill_points()):
+        run = lambda: train.train(tiny(out, name=f"killed{i}"), quiet)
+        codes.append([fork(lambda: (kill(), run())), fork(run)])
+    print(json.dumps(codes))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_runs_killed_at_ten_moments_end_with_the_same_bytes(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import sys, test_all; "
+                           "test_all.kill_ten_runs(sys.argv[1])", tmp_path], cwd=HERE, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(done.stdout) == [0] + [[-9, 0]] * 10, done.stderr
+    for i in range(10):
+        folder = tmp_path / f"killed{i}"
+        assert same_bytes(tmp_path / "whole", folder), i
+        assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt",
+                                                     "best.pt", "result.json"}
+
+
+def test_same_command_same_bytes_other_seed_other_run(tmp_path):
+    a, b, c = (train.train(tiny(tmp_path / x, seed=seed, steps=15), quiet)["folder"]
+               for x, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert same_bytes(a, b) and (Path(a) / "best.pt").read_bytes() == \
+        (Path(b) / "best.pt").read_bytes()
+    run = [train.Run(tiny(tmp_path / "d", seed=s), tmp_path / "d" / str(s), quiet) for s in (3, 4)]
+    assert not torch.equal(run[0].data.train, run[1].data.train)
+    [r.data.batch(0) for r in run]
+    assert not torch.equal(run[0].data.order, run[1].data.order)
+    for p, q in zip(*(r.model.parameters() for r in run)):
+        assert p.std() == 0 or not torch.equal(p, q)     # ones and zeros are no draws
+
+
+def test_a_layer_that_draws_is_resumed_exactly(tmp_path, monkeypatch):
+    real = layers.SwiGLU.forward
+    monkeypatch.setattr(layers.SwiGLU, "forward", lambda self, x: F.dropout(real(self, x), 0.1))
+    whole = train.train(tiny(tmp_path / "whole"), quiet)["folder"]
+    stopped(tiny(tmp_path / "parts"), 23)
+    assert same_bytes(whole, train.train(tiny(tmp_path / "parts"), quiet)["folder"])
+
+
+def test_resume_takes_the_options_of_the_folder(tmp_path, monkeypatch):
+    whole = train.train(tiny(tmp_path / "whole"), quiet)["folder"]
+    folder = stopped(tiny(tmp_path / "parts"), 23)
+    with pytest.raises(ValueError, match="leave out --lr"):
+        train.parse_args(["--resume", str(folder), "--lr", "0.5"])
+    with pytest.raises(ValueError, match="holds another run.*steps 40 -> None"):
+        train.train(train.TrainConfig(resume=str(folder)), quiet)
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        train.parse_args(["--resume", str(tmp_path)])
+    moved = folder.rename(tmp_path / "moved")
+    monkeypatch.setattr(train, "code_version", lambda: "other")
+    said = []
+    result = train.train(train.parse_args(["--resume", str(moved)]), said.append)
+    assert result["folder"] == str(moved) and same_bytes(whole, moved)
+    assert "other code began this run" in said[0] and any("from step 23" in x for x in said)
+
+
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tmp_path):
+    from shutil import copytree
+    whole = train.train(tiny(tmp_path / "whole"), quiet)["folder"]
+    folder = stopped(tiny(tmp_path / "parts"), 23)
+    good = (folder / "ckpt.pt").read_bytes()
+    weights = torch.load(folder / "ckpt.pt", weights_only=True)["model"]["embed.weight"]
+    inside = good.index(weights.numpy().tobytes()) + 40  # torch.load alone would not notice
+    for i, bad in enumerate((b"", good[:1000], good[:-1], flipped(good, inside), None)):
+        copy = Path(copytree(folder, tmp_path / f"copy{i}"))
+        (copy / "ckpt.pt").unlink() if bad is None else (copy / "ckpt.pt").write_bytes(bad)
+        said = []
+        train.train(train.parse_args(["--resume", str(copy)]), said.append)
+        said = [x for x in said if x.startswith(("damaged", "resume"))]
+        assert "ckpt.previous.pt" in said[-1] and same_bytes(whole, copy)
+        if bad is not None:
+            assert "ckpt.pt is truncated or altered" in said[0]
+            assert (copy / "ckpt.damaged.pt").read_bytes() == bad
+    for name in ("ckpt.pt", "ckpt.previous.pt"):
+        (folder / name).write_bytes(good[:500])
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ValueError, match="ckpt.pt is trunc.*ckpt.previous.pt is trunc.*move"):
+        train.train(tiny(tmp_path / "parts"), quiet)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_log_that_lost_lines_is_noticed(tmp_path):
+    folder = stopped(tiny(tmp_path), 23)
+    (folder / "log.jsonl").write_text("")
+    said = []
+    train.train(tiny(tmp_path), said.append)             # the one before is from step 0: no lines
+    assert any("log.jsonl has lost lines" in x for x in said)
+    assert [x["step"] for x in logged(folder)] == [10, 12, 12, 20, 24, 24, 30, 36, 36, 40, 40]
+
+
+class Malicious:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_code_is_run_from_files(tmp_path, writer):
+    import pickle
+    from shutil import copytree
+    mark = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Malicious(mark))).close()
+    assert mark.exists() and mark.unlink() is None       # it would, if it could
+    folder = stopped(tiny(tmp_path), 5)
+    (folder / "ckpt.previous.pt").unlink(missing_ok=True)
+    text_run = Path(copytree(writer["folder"], tmp_path / "text"))
+    for path, use in [(folder / "ckpt.pt", lambda: train.train(tiny(tmp_path), quiet)),
+                      (text_run / "ckpt.pt", lambda: train.load_run(text_run, "cpu"))]:
+        path.write_bytes(pickle.dumps(Malicious(mark)))
+        with pytest.raises(ValueError, match="ckpt.pt is truncated or altered"):
+            use()
+        train.write_checkpoint(path, Malicious(mark))    # its checksum is right
+        with pytest.raises(ValueError, match="ckpt.pt is refused"):
+            use()
+    np.save(tmp_path / "tokens.npy", np.array([Malicious(mark)], object), allow_pickle=True)
+    (tmp_path / "tokens.bin").write_bytes(pickle.dumps(Malicious(mark)) + b" ")
+    for name in ("tokens.npy", "tokens.bin"):
+        with pytest.raises(ValueError, match=name):
+            tasks.load_tokens(tmp_path / name)
+    for name in ("config.json", "result.json"):
+        for bad in (b"\xff\xfe", pickle.dumps(Malicious(mark)), b"[1]", b"{", b"[" * 100_000):
+            (folder / "result.json").unlink(missing_ok=True)
+            kept = (folder / "config.json").read_bytes()
+            (folder / name).write_bytes(bad)
+            with pytest.raises(ValueError, match=f"{name} (can't be read|holds no)"):
+                train.train(tiny(tmp_path), quiet)
+            (folder / "config.json").write_bytes(kept)
+    assert not mark.exists()
+
+
+def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
+    import errno
+    import shutil
+    folder = stopped(tiny(tmp_path), 23)
+
+    class Full:
+        """A file on a disk that has room for half of what is written."""
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[:len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open", lambda path, mode: Full(path, mode) if "w" in mode else
+                      open(path, mode), raising=False)
+        with pytest.raises(OSError, match=r"(best|ckpt).pt can't be written \(No space left"):
+            train.train(tiny(tmp_path), quiet)
+    after = {p: p.read_bytes() for p in folder.iterdir() if p.name != "log.jsonl"}
+    assert after == {p: data for p, data in before.items() if p.name != "log.jsonl"}
+    run = train.Run(tiny(tmp_path), folder, quiet)
+    assert run.step == 23
+    if os.path.exists("/dev/full"):
+        run.log_path = Path("/dev/full")
+        with pytest.raises(OSError, match=r"/dev/full can't be written \(No space left"):
+            run.log(loss=1.0)
+    new = tmp_path / "new"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OSError, match="is not writable: choose another --out"):
+        train.train(tiny(new), quiet)
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=20_000))
+    with pytest.raises(OSError, match="0.0 MB free.*need 0.1 MB: make room"):
+        train.train(tiny(new), quiet)
+    (tmp_path / "file").write_text("")
+    with pytest.raises((OSError, ValueError), match="file"):
+        train.train(tiny(tmp_path / "file"), quiet)
+    assert not new.exists()
+
+
+def spoil(monkeypatch, at, number=math.inf):
+    """The swiglu of a Run gives `number` in the step after step `at`."""
+    real, here = layers.SwiGLU.forward, {}
+    monkeypatch.setattr(layers.SwiGLU, "forward", lambda self, x: real(self, x) * (
+        number if here["run"].step == at and torch.is_grad_enabled() else 1.0))
+    build = train.Run.build
+    monkeypatch.setattr(train.Run, "build", lambda run: (here.update(run=run), build(run))[1])
+
+
+@pytest.mark.parametrize("detect", [False, True])
+def test_a_number_that_is_not_finite_ends_the_run(detect, tmp_path, monkeypatch):
+    spoil(monkeypatch, 13)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    message = (r"at step 14, learning rate 7.6e-03, .*the output of blocks.1.layer.* \(swiglu\)"
+               r".*ckpt.pt is from before")
+    with pytest.raises(FloatingPointError, match=message) as error:
+        train.train(tiny(tmp_path, detect=detect), quiet)
+    assert "\n" not in str(error.value)
+    (folder,) = tmp_path.iterdir()
+    content = train.read_checkpoint(folder / "ckpt.pt", "cpu")
+    assert content["step"] == 12 and logged(folder)[-1]["step"] == 12
+    assert all(p.isfinite().all() for p in content["model"].values())
+    assert not (folder / "result.json").exists()
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
+    spoil(monkeypatch, 13, math.nan)
+    result = train.train(tiny(tmp_path / "a", nonfinite="skip"), quiet)
+    lines = [x for x in logged(result["folder"]) if "loss" in x]
+    assert result["skipped"] == 1 and result["steps"] == 40
+    assert [x["skipped"] for x in lines] == [0, 0] + [1] * (len(lines) - 2)
+    config = tiny(tmp_path / "b", nonfinite="skip")
+    folder, _ = train.find_folder(config)
+    run = train.Run(config, folder, quiet)
+    run.step, run.score = 13, run.plain_score
+    before = {n: p.clone() for n, p in run.model.state_dict().items()}
+    run.one_step()
+    assert all(torch.equal(p, before[n]) for n, p in run.model.state_dict().items())
+    assert run.step == 14 and not run.optimizer.state
+
+
+def test_too_large_a_step_is_not_saved(tmp_path):
+    for change in (dict(), dict(nonfinite="skip"), dict(eval_every=1, schedule="constant")):
+        with pytest.raises(FloatingPointError, match="at step .*, first in the .* of "):
+            train.train(tiny(tmp_path, lr=1e30, **change), quiet)
+    for folder in tmp_path.iterdir():
+        for path in folder.glob("*.pt"):
+            content = train.read_checkpoint(path, "cpu")
+            assert content["step"] == 0 and content["model"]["embed.weight"].abs().max() < 1
+
+
+def memory_growth(first, last):
+    """
+    Part by which the resident memory of a small run grows from step `first` to step `last`:
+
+        python -c "import test_all; print(test_all.memory_growth(200, 2000))"
+    """
+    import tempfile
+    pages = {}
+
+    class Watched(train.Run):
+        def one_step(self):
+            if self.step in (first, last):
+                pages[self.step] = int(Path("/proc/self/statm").read_text().split()[1])
+            return super().one_step()
+    with tempfile.TemporaryDirectory() as out:
+        config = tiny(Path(out), steps=last + 1, eval_every=25, early_stop=2.0)
+        run = Watched(config, train.find_folder(config)[0], quiet)
+        run.go()
+    return pages[last] / pages[first] - 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_a_long_run_does_not_leak(monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 1)
+    assert memory_growth(50, 400) < 0.02
+
+
+# -------------------------------------------------------------------------------------------------
+# Bad input, by the hundred: each case ends in success or in one readable line
+
+
+JUNK = ["", " ", "0", "-1", "1", "2", "7", "1e9", "nan", "-inf", "1e400", "ten", "None", "..", "/",
+        "~", "\u00e9\u4e2d", "a b", "((", "))", "=", ",", "--", "\x00", "'", "9" * 30, "x" * 5000]
+
+
+def one_line(case, act, folder=None):
+    """act() succeeds, or its error is one line of ordinary kind; the folder stays as it is."""
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder else {}
+    try:
+        act()
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert message and "\n" not in message and len(message) < 12_000, (case, message)
+        kinds = {ValueError, OSError, FileNotFoundError, scaling.FitError, PermissionError,
+                 NotADirectoryError, IsADirectoryError}
+        assert type(error) in kinds, (case, repr(error))
+    except SystemExit as end:
+        assert end.code in (0, 2), case
+    except Exception as error:
+        raise AssertionError(f"{case!r} ended in {error!r}") from error
+    if folder:
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before, case
+
+
+def dice(seed):
+    """A function that draws one of its arguments' items."""
+    rng = np.random.default_rng(seed)
+    return rng, lambda items: items[rng.integers(len(items))]
+
+
+@pytest.mark.parametrize("kind", [train.TrainConfig, train.SampleConfig])
+def test_fuzz_of_options(kind, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, pick = dice(1)
+    names = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)] + ["--lrr", "-x"]
+    values = JUNK + ["mamba", "compression", "text", "cuda", "on", "0.5", "16", "64", "hyena mlp"]
+    for _ in range(150):
+        argv = [part for _ in range(rng.integers(1, 5)) for part in (pick(names), pick(values))]
+        one_line(argv, lambda: train.parse_args(argv, kind), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fuzz_of_settings():
+    rng, pick = dice(2)
+    numbers = [-1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 64, 0.2, 0.5, 1.0, math.nan, math.inf, True, None,
+               "8", [], 10 ** 12, np.int64(8), np.float32(0.5)]
+    fields = [f.name for f in dataclasses.fields(tasks.Setting)][1:]
+
+    def act(task, change):
+        s = tasks.Setting(task, **change)
+        if s.seq_len < 100 and s.vocab_size < 100:
+            tasks.generate(s, pick([1, 2, 0, "2"]), pick([0, 3, -1, None]), pick(["train", "test"]))
+    for _ in range(150):
+        task = pick([*tasks.TASKS, "recall", "", None])
+        change = {pick(fields): pick(numbers) for _ in range(rng.integers(0, 4))}
+        one_line((task, change), lambda: act(task, change))
+
+
+def test_fuzz_of_patterns():
+    import inspect
+    rng, pick = dice(3)
+    names = [*LAYERS, *LAYERS, "mamab", "", "\u00e9"]
+    values = ["1", "2", "3", "4", "8", "16", "0", "-1", "1.5", "None", "modal", "implicit", "'2'",
+              "fir", "[1]", "(", "9" * 30, "True", ""]
+
+    def settings(name):
+        own = [*inspect.signature(LAYERS[name][0].__init__).parameters] if name in LAYERS else []
+        keys = own[3:] * 3 + ["dim", "max_len", "self", "__class__", "", "name"]
+        return ",".join(f"{pick(keys)}{pick(['=', '=', '=', '=', ''])}{pick(values)}"
+                        for _ in range(rng.integers(0, 3)))
+
+    def act(pattern):
+        m = model.Model(pattern, 16, pick([16, 32, 128]), 8)
+        m(torch.zeros(1, 8, dtype=torch.long))
+    for _ in range(250):
+        pattern = " ".join(f"{name}({settings(name)}{pick([')', ')', ')', ')', ''])}"
+                           for name in (pick(names) for _ in range(rng.integers(1, 3))))
+        one_line(pattern, lambda: act(pattern + pick(["", "", "", "", " )", "("])))
+
+
+def test_fuzz_of_tables(tmp_path, capsys):
+    rng, pick = dice(4)
+    cells = ["", "1e6", "3e7", "2.9", "3.4", "nan", "inf", "-1", "0", "x", "1e400", '"', "\x00",
+             "1,2"]
+    for i in range(80):
+        header = pick(["N,D,loss", "N,D,loss,C", "N,D,loss,arch,state", "D,loss", "", "N;D;loss",
+                       "N,N,D,loss"])
+        rows = [",".join(pick(cells) for _ in range(rng.integers(1, 6)))
+                for _ in range(rng.integers(0, 8))]
+        path = tmp_path / "runs.csv"
+        path.write_bytes("\n".join([header, *rows]).encode() + pick([b"", b"\n", b"\xff", b"\r"]))
+        mad = tmp_path / "mad.json"
+        mad.write_bytes(pick([b"{}", b"[]", b"{", b'{"a": 1}', b'{"a": "x"}', b"\xff", b"", b"3",
+                              b'{"a": null}', b"[" * 100_000]))
+        argv = pick([["fit", path], ["fit", path, "--json"], ["fit", tmp_path],
+                     ["compare", "--runs", path, "--mad", mad], ["fit", tmp_path / "no.csv"]])
+        argv = [*map(str, argv)] + (["--bootstrap", "30"] if argv[0] == "fit" else [])
+
+        def act():
+            assert scaling.main(argv) in (None, 0, 2)
+            err = capsys.readouterr().err
+            assert "Traceback" not in err and len(err.splitlines()) <= 1, err
+        one_line((argv, path.read_bytes(), mad.read_bytes()), act, tmp_path)
+
+
+def test_fuzz_of_corpora(tmp_path):
+    rng, pick = dice(5)
+    for i in range(80):
+        path = tmp_path / f"x{i}{pick(['.bin', '.npy', '.txt', '', '.parquet'])}"
+        body = rng.bytes(int(pick([0, 1, 2, 7, 64, 1024, 1200])))
+        head = np.zeros(256, "<i4")
+        head[:3] = 20240520, pick([0, 1, 2, 7]), pick([-1, 0, 32, 2 ** 31 - 1, len(body) // 2])
+        if path.suffix == ".npy":
+            with open(path, "wb") as file:
+                np.save(file, np.zeros(pick([0, 3, (2, 2)]), pick(["u1", "f4", "i8", "U3"])))
+            data = bytearray(path.read_bytes())
+            data[rng.integers(len(data))] = rng.integers(256)
+            body = bytes(data)
+        path.write_bytes(pick([b"", head.tobytes()]) + body if path.suffix == ".bin" else body)
+        known = path.suffix in (".bin", ".npy")
+        tokenizer = pick(["bytes", "gpt2", "gpt3", ""]) if known else "bytes"
+        one_line((path.name, tokenizer), lambda: tasks.load_tokens(path, tokenizer), tmp_path)
+
+
+def test_fuzz_of_checkpoints(tmp_path):
+    rng, pick = dice(6)
+    folder = stopped(tiny(tmp_path), 5)
+    (folder / "ckpt.previous.pt").unlink(missing_ok=True)
+    good, config = (folder / "ckpt.pt").read_bytes(), (folder / "config.json").read_bytes()
+    run = train.Run(tiny(tmp_path), folder, quiet)
+    content = train.read_checkpoint(folder / "ckpt.pt", "cpu")
+    for _ in range(100):
+        if rng.random() < 0.4:                           # altered, with or without a right checksum
+            data = bytearray(good[:-64])
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            data = data[:pick([len(data), len(data) // 2, 100])]
+            digest = hashlib.sha256(data).hexdigest().encode() if rng.random() < 0.7 else good[-64:]
+            (folder / "ckpt.pt").write_bytes(bytes(data) + digest)
+        else:
+            key, value = pick([*content]), pick([None, -1, "x", [], {}, math.nan, torch.ones(2)])
+            other = {k: value if k == key else v for k, v in content.items()}
+            if rng.random() < 0.3:
+                del other[key]
+            train.write_checkpoint(folder / "ckpt.pt", pick([other, other, other, value, [other]]))
+        one_line("checkpoint", lambda: run.restore(folder / "ckpt.pt"), folder)
+    (folder / "ckpt.pt").write_bytes(good)
+    for _ in range(60):
+        text = bytearray(config)
+        at = rng.integers(len(text))
+        text[at:at + pick([1, 1, 20])] = pick([b"", b"9", b'"', b"\xff", b"{}", b"null"])
+        (folder / "config.json").write_bytes(text)
+        one_line(bytes(text), lambda: train.parse_args(["--resume", str(folder)]), folder)
+        one_line(bytes(text), lambda: train.find_folder(tiny(tmp_path)), folder)
 
 
 if __name__ == "__main__":
