@@ -1777,10 +1777,56 @@ def test_fuzz_of_options(kind, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_fuzz_of_runs(tmp_path, monkeypatch):
+    """Options that parse: the run ends well, or before its folder is made, or names its step."""
+    rng, pick = dice(7)
+    monkeypatch.setattr(tasks, "BASELINES", {k: dataclasses.replace(s, num_test=8)
+                                             for k, s in tasks.BASELINES.items()})
+    values = {int: ["0", "1", "2", "7", "60", "2147483647", "9" * 30, "x"],
+              float: ["0", "0.5", "1", "5", "1e-30", "1e30", "1e308", "nan", "-1"],
+              str: ["meta", "cpu:0", "cuda:9", "constant", "skip", "memorization", "text", "hyena",
+                    "selective-copying", "compression", "bfloat16", "mamba", "mlp", "\u00e9"]}
+    fields = [f for f in dataclasses.fields(train.TrainConfig) if f.name not in (
+        "detect", "resume", "out", "name", "compile", "data", "tokenizer")]
+    large = ("dim", "seq_len", "vocab_size", "num_train", "context", "steps", "epochs")
+    few = dict(FEW_STEPS, num_train=4, batch_size=2, steps=3)
+    for i in range(150):
+        out = tmp_path / str(i)
+        change = {f.name: pick([*f.metadata.get("choices", ()), *values[train.field_type(f)]])
+                  for f in (pick(fields) for _ in range(rng.integers(1, 4)))}
+        if any(change.get(name) == "2147483647" for name in large):
+            continue                                     # it would really be tried
+        argv = [f"--{k.replace('_', '-')}={v}" for k, v in {**few, "out": out, **change}.items()]
+
+        def act():
+            config = train.parse_args(argv)
+            try:
+                assert math.isfinite(train.train(config, quiet)["train_flops"])
+            except FloatingPointError as error:
+                assert "at step" in str(error) and "\n" not in str(error)
+            except (ValueError, OSError):
+                assert not out.exists()
+                raise
+        one_line(change, act)
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    for error in (MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        def fail(argv, error=error):
+            raise error
+        monkeypatch.setattr(train, "run_and_report", fail)
+        assert train.main() == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(train, "run_and_report", lambda argv: 1 + None)
+    with pytest.raises(TypeError):
+        train.main()
+
+
 def test_fuzz_of_settings():
     rng, pick = dice(2)
-    numbers = [-1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 64, 0.2, 0.5, 1.0, math.nan, math.inf, True, None,
-               "8", [], 10 ** 12, np.int64(8), np.float32(0.5)]
+    numbers = [-1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 64, 0.2, 0.5, 1.0, math.nan, math.inf, True,
+               None, "8", [], 10 ** 12, np.int64(8), np.float32(0.5)]
     fields = [f.name for f in dataclasses.fields(tasks.Setting)][1:]
 
     def act(task, change):
@@ -1798,7 +1844,7 @@ def test_fuzz_of_patterns():
     rng, pick = dice(3)
     names = [*LAYERS, *LAYERS, "mamab", "", "\u00e9"]
     values = ["1", "2", "3", "4", "8", "16", "0", "-1", "1.5", "None", "modal", "implicit", "'2'",
-              "fir", "[1]", "(", "9" * 30, "True", ""]
+              "fir", "[1]", "(", "9" * 30, "True", "", "-" * 5000 + "1", "[" * 300]
 
     def settings(name):
         own = [*inspect.signature(LAYERS[name][0].__init__).parameters] if name in LAYERS else []
@@ -1825,7 +1871,8 @@ def test_fuzz_of_tables(tmp_path, capsys):
         rows = [",".join(pick(cells) for _ in range(rng.integers(1, 6)))
                 for _ in range(rng.integers(0, 8))]
         path = tmp_path / "runs.csv"
-        path.write_bytes("\n".join([header, *rows]).encode() + pick([b"", b"\n", b"\xff", b"\r"]))
+        ends = [b"", b"\n", b"\xff", b"\r"]
+        path.write_bytes("\n".join([header, *rows]).encode() + pick(ends))
         mad = tmp_path / "mad.json"
         mad.write_bytes(pick([b"{}", b"[]", b"{", b'{"a": 1}', b'{"a": "x"}', b"\xff", b"", b"3",
                               b'{"a": null}', b"[" * 100_000]))

@@ -108,7 +108,8 @@ class TrainConfig:
     min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
     warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
     weight_decay: float = option(0.1, "of matrices only (the paper's grid: 0 0.1)", low=0.0)
-    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0)
+    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
+                          below=1.0)
     schedule: str = choice("cosine", "constant", text="learning rate over time")
     seed: int = option(0, "of parameters, data and order", low=0)
     device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
@@ -193,6 +194,9 @@ def check_field(f, value):
         raise ValueError(f"{f.name} is {value!r}; it takes a {kind.__name__}")
     if low is not None and value < low:
         raise ValueError(f"{f.name} is {value!r}; permitted: at least {low}")
+    below = f.metadata.get("below", 1 << 31 if kind is int else None)
+    if below is not None and value >= below:
+        raise ValueError(f"{f.name} is {value!r}; permitted: below {below}")
     if "choices" in f.metadata and value not in f.metadata["choices"]:
         raise tasks.unknown(f.name, value, f.metadata["choices"])
 
@@ -265,6 +269,8 @@ def choose_device(wanted):
     """"cuda", "mps" or "cpu", and why."""
     if wanted != "auto":
         try:
+            if wanted.partition(":")[0] not in ("cuda", "mps", "cpu"):
+                raise RuntimeError("it is none of cuda, mps, cpu")
             torch.empty(1, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {wanted!r} is not to be had here: "
@@ -2045,6 +2051,11 @@ def run_and_report(argv):
     return 0
 
 
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+        "DefaultCPUAllocator" in str(error)
+
+
 def main():
     try:
         return run_and_report(sys.argv[1:])
@@ -2055,6 +2066,12 @@ def main():
         if stop.args[0]:
             print(stop.args[0], file=sys.stderr)
         return 128 + stop.args[1]
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0][:150]}): try a smaller "
+              f"--batch-size, --dim or --seq-len", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped at once; what was saved before stays", file=sys.stderr)
         return 130
