@@ -11,8 +11,10 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
   python test_all.py -k mamba   what names mamba
 """
 import contextlib
+import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -1178,6 +1181,199 @@ def test_mistakes_with_runs_end_in_one_line(csv, args, message, tmp_path, capsys
     error = capsys.readouterr().err
     assert status == 2 and message in error and "Traceback" not in error
     assert error.splitlines()[-1].startswith("scaling.py") or "error:" in error.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------------
+# Sweeps and plans
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """train.py's runs without the training: the configs that were really trained, in order."""
+    configs, results = [], {}
+
+    def fake(config, say):
+        if config.name not in results:
+            if config.name in fail:
+                raise FloatingPointError("the loss is nan\nat step 7")
+            if len(configs) == fake.stop:
+                raise train.Interrupted("stopped at step 3 of 9", signal.SIGINT)
+            configs.append(config)
+            loss = law(config.dim ** 2 * 24, config.steps * config.batch_size * config.context,
+                       E=1.5, A=20, B=300, alpha=0.4, beta=0.4)
+            results[config.name] = dict(val_loss=loss, bits_per_byte=loss / math.log(2),
+                                        wall_s=2.0, corpus=dict(training_tokens=10_000_000))
+        return results[config.name]
+
+    fail, fake.stop = set(), None
+    monkeypatch.setattr(train, "train", fake)
+    monkeypatch.setattr(train, "TrainConfig", lambda **fields: types.SimpleNamespace(**fields))
+    monkeypatch.setattr(train, "find_folder", lambda config: None)
+    return types.SimpleNamespace(configs=configs, fail=fail, train=fake)
+
+
+SWEEP = ["sweep", "--archs", "transformer,hybrid", "--budgets", "1e12,1e13"]
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweep_trains_isoflop_groups(trained, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert not scaling.main([*SWEEP, "--out", str(out), "--seed", "3"])
+    rows, configs = read_rows(out / "runs.csv"), trained.configs
+    assert len(rows) == len(configs) == 2 * 2 * 7 and "28 of 28 runs" in capsys.readouterr().out
+    for row, config in zip(rows, configs):
+        budget, N, D, C = (float(row[k]) for k in ("budget", "N", "D", "C"))
+        m = model.Model(config.layers, 256, config.dim, config.context)
+        entries = model.ledger(m, 128)                   # a step is what C can be off by
+        per_token = 3 * model.total(entries).flops / 128
+        assert D == config.steps * config.batch_size * 128 and C == pytest.approx(per_token * D)
+        assert abs(C - budget) <= per_token * config.batch_size * 128 / 2 * 1.001
+        assert N == sum(p.numel() for p in m.parameters()) - 2 * 256 * config.dim
+        assert int(row["N_total"]) == sum(p.numel() for p in m.parameters())
+        assert float(row["state"]) == model.total(entries).nominal
+        assert config.steps >= scaling.LEAST_STEPS and 0.008 <= config.warmup / config.steps < 0.051
+        assert config.lr == pytest.approx(3e-3 * (64 / config.dim) ** 0.5, rel=1e-3)
+        assert (config.clip, config.beta2, config.weight_decay, config.seed) == (1, 0.95, 0.1, 3)
+        assert config.task == "text" and float(row["epochs"]) == pytest.approx(D / 1e7, abs=1e-4)
+    for arch, budget in itertools.product(("transformer", "hybrid"), (1e12, 1e13)):
+        group = [r for r in rows if r["arch"] == arch and float(r["budget"]) == budget]
+        sizes = [float(r["N"]) * (6 * 20 / budget) ** 0.5 for r in group]      # N / N*
+        assert len({r["N"] for r in group}) >= 5 and len({r["batch"] for r in group}) == 1
+        assert 0.15 < min(sizes) < 0.4 and 2.5 < max(sizes) < 5
+    batches = [int(r["batch"]) for r in rows]
+    assert batches == sorted(batches) and batches[0] < batches[-1]
+    shapes = {a: [(r["width"], r["depth"]) for r in rows if r["arch"] == a] for a in
+              ("transformer", "hybrid")}
+    assert shapes["transformer"] == shapes["hybrid"]
+    assert set(scaling.read_runs(out / "runs.csv")) == {"transformer", "hybrid"}
+    assert not scaling.main(["plot", str(out / "runs.csv"), "--out", str(tmp_path / "x.png")])
+
+
+def test_sweep_goes_on_and_loses_nothing(trained, tmp_path, capsys):
+    args = [*SWEEP[:-1], "1e12", "--sizes", "5", "--out", str(tmp_path)]
+    trained.train.stop = 3
+    assert scaling.main(args) == 128 + signal.SIGINT and len(read_rows(tmp_path / "runs.csv")) == 3
+    assert "stopped at step 3 of 9; finished runs are in" in capsys.readouterr().err
+    trained.train.stop = None
+    trained.fail.add(bad := "hybrid_1e+12_80x2_seed0")
+    assert scaling.main(args) == 1
+    said = capsys.readouterr()
+    assert "9 of 10 runs" in said.out and f"failed: {bad}: the loss is nan at step 7" in said.err
+    rows = read_rows(tmp_path / "runs.csv")
+    assert len(rows) == 10 and [r["loss"] == "" for r in rows].count(True) == 1
+    assert scaling.read_runs(tmp_path / "runs.csv")["hybrid"].dropped == dict(loss=1)
+    assert len({c.name for c in trained.configs}) == len(trained.configs) == 9   # each trained once
+    trained.fail.clear()
+    assert not scaling.main(args) and len(trained.configs) == 10
+    before = read_rows(tmp_path / "runs.csv")
+    assert not scaling.main(["sweep", "--archs", "mamba", *args[3:]])   # another sweep, same CSV
+    rows = read_rows(tmp_path / "runs.csv")
+    assert rows[:10] == before and [r["arch"] for r in rows[10:]] == ["mamba"] * 5
+    assert {p.name for p in tmp_path.iterdir()} == {"runs.csv"}         # no temporary file
+
+
+def test_ratios_of_attention_are_exact_at_the_same_shapes(trained, tmp_path):
+    ratios = {"0": 0, "8.3": 1 / 12, "25": 1 / 4, "50": 1 / 2, "100": 1}
+    archs = ",".join(f"mh-hyena@{r}" for r in ratios)
+    assert not scaling.main(["sweep", "--archs", archs, "--budgets", "1e13", "--out",
+                             str(tmp_path)])
+    rows = read_rows(tmp_path / "runs.csv")
+    for ratio, share in ratios.items():
+        mine = [(c.layers, c.dim) for c, r in zip(trained.configs, rows)
+                if r["arch"] == f"mh-hyena@{ratio}"]
+        for layers_, _ in mine:
+            mixers = [name for name, _ in model.parse_pattern(layers_)][::2]
+            assert mixers.count("mh-attention") == share * len(mixers) and len(mixers) % 12 == 0
+        assert [w for _, w in mine] == [c.dim for c in trained.configs[:7]] and len(mine) == 7
+    assert scaling.family("mamba@50") == ("mamba mamba mh-attention swiglu", 2)
+    assert scaling.family("hyena-moe@50")[0] == model.ARCHS["striped-hyena-moe"]
+
+
+def test_runs_of_too_few_steps_are_left_out(trained, tmp_path, capsys):
+    assert not scaling.main(["sweep", "--budgets", "2e10", "--out", str(tmp_path)])
+    said = capsys.readouterr().out.splitlines()
+    left = [line for line in said if line.startswith("left out: ")]
+    assert left and len(left) + len(trained.configs) == 14 and "fewer than 50" in left[0]
+    assert min(c.steps for c in trained.configs) >= 50
+
+
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_every_architecture_is_priced_and_built_at_every_kind_of_width(arch):
+    unit, blocks = scaling.family(arch)
+    for width in (16, 48, 176, 512, 2304, 4096):
+        pattern = scaling.at_width(f"{unit} {unit}", width)
+        price = scaling.price(pattern, width, 64, 100)
+        assert blocks == 2 and price["N"] > 0 and price["token_flops"] > 6 * 100 * width
+        if width == 48:                                  # the same as counted on real numbers
+            m = model.Model(pattern, 100, width, 64)
+            assert price["N_total"] == sum(p.numel() for p in m.parameters())
+            assert price["state"] == model.total(model.ledger(m, 64)).nominal
+            assert price["token_flops"] == pytest.approx(
+                3 * model.total(model.ledger(m, 64)).flops / 64)
+    assert scaling.at_width(unit, 128).count("heads=16") == 0 or "mh-" in unit
+
+
+def test_plan_adds_up(capsys):
+    """One row worked by hand: the transformer of 24 blocks of width 1024, context 2048, GPT-2."""
+    assert not scaling.main(["plan", "--archs", "transformer", "--budgets", "8e19", "--card",
+                             "A100", "--utilisation", "0.5"])
+    text = capsys.readouterr().out
+    row = next(line for line in text.splitlines() if line.split()[2:4] == ["1024", "24"]).split()
+    inner = model.Model("swiglu", 16, 1024).blocks[0].layer
+    mlp = sum(p.numel() for p in inner.parameters())
+    N = 24 * (4 * 1024 ** 2 + mlp + 2 * 1024) + 1024     # with a norm before each layer and the last
+    total = N + 2 * 50257 * 1024
+    assert row[4:6] == [f"{N / 1e6:,.1f}", f"{total / 1e6:,.1f}"]
+    forward = 24 * (8 * 1024 ** 2 + 2 * mlp + 2 * 1024 * 2049) + 2 * 1024 * 50257
+    D = 8e19 / (3 * forward)
+    assert float(row[6]) * 1e9 == pytest.approx(D, rel=2e-2) and row[7] == "256"   # 524,288 tokens
+    assert int(row[8].replace(",", "")) == pytest.approx(D / 2 ** 19, rel=2e-2)
+    GB = (16 * total + 34 * 2048 * 1024 * 24 + 10 * 2048 * 50257) / 1e9
+    assert float(row[10]) == pytest.approx(GB, abs=0.051)
+    assert float(row[11]) == pytest.approx(8e19 / (312e12 * 0.5) / 3600, abs=0.06)
+    assert "recalled, not checked" in text and "7 runs, 5.6" in text and "context 2048" in text
+    assert [scaling.batch_tokens(C) for C in (4e18, 8e18, 2e19, 4e19, 8e19)] == \
+        [2 ** 17, 2 ** 17, 2 ** 18, 2 ** 18, 2 ** 19]
+    big = scaling.price(scaling.at_width(" ".join([model.ARCHS["hybrid"]] * 16), 4096), 4096, 2048,
+                        50257)
+    assert scaling.SHAPES[-1] == (4096, 32) and 6.5e9 < big["N_total"] < 7.5e9   # the paper's 7B
+    assert not scaling.main(["plan", "--budgets", "8e19", "--card", "RTX4090"])
+    assert "!" in capsys.readouterr().out                # 24 GB are not enough for all of them
+
+
+@pytest.mark.parametrize("args, message", [
+    (["sweep", "--archs", "hybird"], "Did you mean hybrid"), (["plan", "--archs", ""], "unknown"),
+    (["plan", "--archs", "mh-hyena@33"], "0, 8.3, 25, 50, 100%"),
+    (["plan", "--archs", "transformer@25"], "other than attention"),
+    (["plan", "--budgets", "1e18,-1"], "1e18,-1"), (["sweep", "--sizes", "4"], "4"),
+    (["plan", "--card", "H1000"], "H1000"), (["sweep", "--tokenizer", "bites"], "bites"),
+    (["plan", "--utilisation", "0"], "0"), (["sweep", "--budgets", "1e6"], "no run")])
+def test_mistakes_with_sweeps_end_in_one_line(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = scaling.main(args)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_scaling_as_a_program_and_its_help(runs_csv, capsys):
+    done = subprocess.run([sys.executable, str(HERE / "scaling.py"), "compare", "--mad", runs_csv,
+                           "--runs", runs_csv], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no column mean" in done.stderr
+    commands = ("fit", "compare", "plot", "sweep", "plan")
+    for args in ([], *([name] for name in commands)):
+        with pytest.raises(SystemExit) as stop:
+            scaling.main([*args, "-h"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and "usage: " in text and "%%" not in text
+        assert all(name in text for name in commands if not args)
+        assert ("mh-hyena@25" in text) == (args in (["sweep"], ["plan"]))
 
 
 # =================================================================================================
