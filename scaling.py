@@ -1037,7 +1037,7 @@ BATCHES = {4e18: 2 ** 17, 2e19: 2 ** 18, 8e19: 2 ** 19}
 
 
 def batch_tokens(C):
-    """Tokens a step at a budget: BATCHES, and below them the power of two nearest to C^(1/3)."""
+    """Tokens a step: BATCHES, and below them a power of two, 2048 at 1e12, growing as C^(1/3)."""
     recalled = [tokens for budget, tokens in BATCHES.items() if C >= budget * 0.999]
     small = 2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3)))
     return recalled[-1] if recalled else min(small, 2 ** 17)
@@ -1103,14 +1103,14 @@ def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parame
 
     Sizes: around N* = sqrt(C / (6 tokens_per_parameter)), the same shapes for all architectures.
     Steps: what the budget buys by the model's own count of FLOPs, unembedding included. Learning
-    rate: 0.003 at width 64, falling with its square root. Returns runs, left out.
+    rate: 0.003 at width 64, falling with its square root, untuned. Returns runs, left out.
     """
     families = {arch: family(arch) for arch in archs}
     period = int(np.lcm.reduce([2, *(blocks for _, blocks in families.values())]))
     runs = []
     for budget, (arch, (unit, blocks)) in itertools.product(sorted(budgets), families.items()):
-        best, batch = (budget / 6 / tokens_per_parameter) ** 0.5, batch_tokens(budget) // context
-        batch = max(1, batch)
+        best = (budget / 6 / tokens_per_parameter) ** 0.5
+        batch = max(1, batch_tokens(budget) // context)               # sequences
         for width, depth in choose_shapes(best, sizes, period):
             pattern = at_width(" ".join([unit] * (depth // blocks)), width)
             run = price(pattern, width, context, vocab_size)
@@ -1268,6 +1268,7 @@ def run_sweep(args):
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
                                   args.tokens_per_parameter, args.seed)
     say_left_out(left_out, runs)
+    readable(tasks.load_tokens, args.data, args.tokenizer)           # tokenised once, or refused
     configs = [readable(configuration, run, args.out, args.data, args.tokenizer, args.context)
                for run in runs]
     for config in configs:
@@ -1277,10 +1278,10 @@ def run_sweep(args):
     try:
         failed = sweep(runs, configs, path)
     except train.Interrupted as stop:
-        print(f"{stop.args[0]}; finished runs are in {path}", file=sys.stderr)
+        print(f"{stop.args[0]}; finished runs, if any, are in {path}", file=sys.stderr)
         return 128 + stop.args[1]
     except KeyboardInterrupt:
-        print(f"stopped at once; finished runs are in {path}", file=sys.stderr)
+        print(f"stopped at once; finished runs, if any, are in {path}", file=sys.stderr)
         return 130
     again = max(run["epochs"] or 0 for run in runs)
     print(f"{len(runs) - failed} of {len(runs)} runs are in {path}"
