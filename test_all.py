@@ -880,14 +880,14 @@ def test_bootstrap_is_seeded_joint_and_counts_failures():
 
 
 def test_bootstrap_intervals_cover():
-    """A nominal 95% interval of alpha holds the truth in most of 30 repetitions."""
+    """A nominal 95% interval of alpha holds the truth in most of 20 repetitions."""
     N, D = sizes_of(sizes=6)
     held = 0
-    for seed in range(30):
+    for seed in range(20):
         noise = np.random.default_rng(seed).normal(0, 0.003, len(N))
         fit = scaling.fit_variable_projection(N, D, law(N, D, **LAW) * np.exp(noise), bootstrap=60)
         held += fit.intervals["alpha"][0] <= LAW["alpha"] <= fit.intervals["alpha"][1]
-    assert 23 <= held
+    assert 15 <= held
 
 
 def test_rank_correlation():
@@ -1187,6 +1187,9 @@ def test_mistakes_with_runs_end_in_one_line(csv, args, message, tmp_path, capsys
 # Sweeps and plans
 
 
+MICRO = dict(E=1.5, A=100, B=330, alpha=0.4, beta=0.4)   # its optimum: about 20 tokens a parameter
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """train.py's runs without the training: the configs that were really trained, in order."""
@@ -1199,8 +1202,8 @@ def trained(monkeypatch):
             if len(configs) == fake.stop:
                 raise train.Interrupted("stopped at step 3 of 9", signal.SIGINT)
             configs.append(config)
-            loss = law(config.dim ** 2 * 24, config.steps * config.batch_size * config.context,
-                       E=1.5, A=20, B=300, alpha=0.4, beta=0.4)
+            loss = law(6 * len(config.layers.split()) * config.dim ** 2,
+                       config.steps * config.batch_size * config.context, **MICRO)
             results[config.name] = dict(val_loss=loss, bits_per_byte=loss / math.log(2),
                                         wall_s=2.0, corpus=dict(training_tokens=10_000_000))
         return results[config.name]
@@ -1221,7 +1224,7 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def test_sweep_trains_isoflop_groups(trained, tmp_path, capsys):
+def test_sweep_trains_isoflop_groups_that_fit_reads(trained, few_starts, tmp_path, capsys):
     out = tmp_path / "sweep"
     assert not scaling.main([*SWEEP, "--out", str(out), "--seed", "3"])
     rows, configs = read_rows(out / "runs.csv"), trained.configs
@@ -1251,7 +1254,9 @@ def test_sweep_trains_isoflop_groups(trained, tmp_path, capsys):
               ("transformer", "hybrid")}
     assert shapes["transformer"] == shapes["hybrid"]
     assert set(scaling.read_runs(out / "runs.csv")) == {"transformer", "hybrid"}
-    assert not scaling.main(["plot", str(out / "runs.csv"), "--out", str(tmp_path / "x.png")])
+    assert not scaling.main(["fit", str(out / "runs.csv"), "--bootstrap", "5"])
+    text = capsys.readouterr().out
+    assert "hybrid  runs 14" in text and text.count("isoflop  failed 0  a 0.") == 3
 
 
 def test_sweep_goes_on_and_loses_nothing(trained, tmp_path, capsys):
