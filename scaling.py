@@ -1026,7 +1026,8 @@ def plot(archs, out, scores=None):
 # Width and blocks (of a mixer and a channel mixer, about 12 width^2 parameters), 6 thousand to 6.4
 # billion parameters without embeddings. Heads of every layer divide these widths.
 SHAPES = [(width, blocks) for blocks, widths in {
-    2: range(16, 129, 16), 4: range(96, 193, 16), 6: range(176, 257, 16), 8: range(256, 385, 32),
+    2: [16, 24, 32, 40, *range(48, 129, 16)], 4: range(96, 193, 16), 6: range(176, 257, 16),
+    8: range(256, 385, 32),
     12: [352, 384, *range(448, 769, 64)], 16: range(768, 1025, 64),
     24: [960, 1024, *range(1152, 1793, 128), 2048],
     32: [*range(2048, 3073, 256), 3584, 4096]}.items() for width in widths]
@@ -1063,7 +1064,7 @@ def family(arch):
 def at_width(pattern, width):
     """
     MAD's settings are for width 128. Here experts' widths and Mamba's rank grow with the width, and
-    heads keep theirs, 8 or 16; attention's have 16 channels, 64 from width 512, 128 from 2048.
+    heads keep theirs, 8 or 16; attention's have 16 or a few more, 64 from width 512, 128 from 2048.
     """
     def sized(name):
         cls, settings = LAYERS[name]
@@ -1097,11 +1098,14 @@ def price(pattern, width, context, vocab_size):
                 state=sum(layer.nominal(context) for layer in blocks), token_flops=3 * forward)
 
 
-def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parameter=20, seed=0):
+def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parameter=20.0,
+                 seed=0):
     """
     The runs of a sweep, a dict each, budget by budget; those of fewer than 50 steps are left out.
 
     Sizes: around N* = sqrt(C / (6 tokens_per_parameter)), the same shapes for all architectures.
+    That ratio is about 20 at scale (Hoffmann et al. 2022), and more in small runs, which are short
+    of steps: 66 for the transformer on bytes at 1e12 FLOPs, by these rules, one seed.
     Steps: what the budget buys by the model's own count of FLOPs, unembedding included. Learning
     rate: 0.003 at width 64, falling with its square root, untuned. Returns runs, left out.
     """
@@ -1351,15 +1355,15 @@ ARCHS_HELP = ("An architecture is a name from python model.py, or MIXER@PERCENT:
               "sweep have the same widths and depths.")
 
 
-def _isoflop_options(add, budgets, context, tokenizer):
+def _isoflop_options(add, budgets, context, tokenizer, ratio):
     """What sweep and plan have in common."""
     add("--archs", type=listed(str), default=["transformer", "hybrid"], metavar="A,B",
         help="architectures, with commas between (default transformer,hybrid)")
     add("--budgets", type=listed(positive), default=listed(positive)(budgets), metavar="C,C",
         help=f"training FLOPs of each group (default {budgets})")
     add("--sizes", type=several, default=7, help="models a budget, at least 5 (default 7)")
-    add("--tokens-per-parameter", type=positive, default=20.0,
-        help="at the middle size of a group; moves all sizes (default 20)")
+    add("--tokens-per-parameter", type=positive, default=ratio,
+        help=f"at the middle size of a group; moves all sizes (default {ratio})")
     add("--context", type=count, default=context, help=f"tokens a sequence (default {context})")
     add("--tokenizer", default=tokenizer, help=f"bytes or tiktoken's (default {tokenizer})")
 
@@ -1367,14 +1371,14 @@ def _isoflop_options(add, budgets, context, tokenizer):
 def _sweep_commands(commands):
     add = _command(commands, "sweep", run_sweep, "train IsoFLOP groups into a CSV for fit; started "
                    "again it goes on where it was stopped", ARCHS_HELP)
-    _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes")
+    _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
     add("--data", help="as in train.py (default: Python's standard library)")
     add("--seed", type=int, default=0, help="of parameters and data (default 0)")
     add("--out", default="out/sweep", help="folder of the runs' folders (default out/sweep)")
     add("--csv", help="file of results; rows of other runs in it stay (default OUT/runs.csv)")
     add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
                    ARCHS_HELP)
-    _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2")
+    _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
     add("--card", choices=CARDS, default="H100", help="one of them (default H100)")
     add("--utilisation", type=positive, default=0.4,
         help="of its peak in bfloat16, a guess until measured (default 0.4)")
