@@ -10,6 +10,7 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
   python test_all.py            all of it, about two minutes on two cores
   python test_all.py -k mamba   what names mamba
 """
+import argparse
 import contextlib
 import csv
 import dataclasses
@@ -22,7 +23,6 @@ import signal
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import numpy as np
@@ -1210,10 +1210,10 @@ def trained(monkeypatch):
 
     fail, fake.stop = set(), None
     monkeypatch.setattr(train, "train", fake)
-    monkeypatch.setattr(train, "TrainConfig", lambda **fields: types.SimpleNamespace(**fields))
+    monkeypatch.setattr(train, "TrainConfig", lambda **fields: argparse.Namespace(**fields))
     monkeypatch.setattr(train, "find_folder", lambda config: None)
     monkeypatch.setattr(tasks, "load_tokens", lambda data, tokenizer: None)
-    return types.SimpleNamespace(configs=configs, fail=fail, train=fake)
+    return argparse.Namespace(configs=configs, fail=fail, train=fake)
 
 
 SWEEP = ["sweep", "--archs", "transformer,hybrid", "--budgets", "1e12,1e13"]
