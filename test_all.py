@@ -11,9 +11,12 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
   python test_all.py            all of it, about two minutes on two cores
   python test_all.py -k mamba   what names mamba
 """
+import argparse
 import contextlib
+import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -898,6 +901,631 @@ def test_weight_decay_is_for_matrices_only():
             assert not yes, n
     assert names["embed.weight"] and names["blocks.0.layer.xz.weight"]
     assert names["blocks.4.layer.w_in.weight"] and len(set(names.values())) == 2
+
+
+# =================================================================================================
+# Scaling laws
+# =================================================================================================
+
+LAW = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)   # Besiroglu et al. 2024
+BUDGETS = np.geomspace(1e18, 1e20, 5)
+
+
+def law(N, D, E, A, B, alpha, beta):
+    return E + A / N ** alpha + B / D ** beta
+
+
+def sizes_of(budgets=BUDGETS, sizes=7, spread=4.0):
+    """N and D of IsoFLOP groups at C = 6ND, `spread` either way of 20 tokens a parameter."""
+    C = np.repeat(budgets, sizes)
+    N = np.tile(np.geomspace(1 / spread, spread, sizes), len(budgets)) * np.sqrt(C / 120)
+    return N, C / 6 / N
+
+
+def exact_parabolas(k=0.05, a=0.46, sizes=5):
+    """Runs whose loss is 3 (C / 1e18)^-0.07 + k (log N - log N*)^2 with N* = 2e7 (C / 1e18)^a."""
+    N, D = sizes_of(sizes=sizes, spread=8.0)
+    C = 6 * N * D / 1e18
+    return N, D, 3 * C ** -0.07 + k * np.log(N / (2e7 * C ** a)) ** 2
+
+
+def write_csv(path, **columns):
+    rows = zip(*(np.broadcast_to(c, len(columns["N"])) for c in columns.values()))
+    path.write_text("\n".join([",".join(columns), *(",".join(map(str, r)) for r in rows)]) + "\n")
+    return path
+
+
+def noisy_runs(seed=0, **changes):
+    N, D = sizes_of(sizes=5)
+    noise = np.random.default_rng(seed).normal(0, 0.003, len(N))
+    return N, D, law(N, D, **LAW | changes) * np.exp(noise)
+
+
+@pytest.fixture
+def few_starts(monkeypatch):
+    """One in 41 of the 4,500: enough for what isn't about them, and quick."""
+    every = scaling.Huber.starts
+    monkeypatch.setattr(scaling.Huber, "starts", lambda self: every(self)[::41])
+
+
+@pytest.mark.parametrize("fit", [scaling.fit_parametric, scaling.fit_variable_projection])
+@pytest.mark.parametrize("true", [LAW, dict(E=0.9, A=30.0, B=9000.0, alpha=0.21, beta=0.52)])
+def test_a_law_without_noise_is_recovered(fit, true):
+    N, D = sizes_of()
+    found = fit(N, D, law(N, D, **true), target=1e22, bootstrap=20)
+    for name, value in true.items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-6)
+        assert found.intervals[name] == pytest.approx([value] * 2, rel=1e-6)
+    assert found.a == pytest.approx(true["beta"] / (true["alpha"] + true["beta"]), rel=1e-6)
+    assert found.a + found.b == pytest.approx(1) and not found.flags and not found.failed
+    assert found.objective < 1e-15 and found.rss < 1e-12 and found.reached > 0.4
+    sizes = np.geomspace(1e7, 1e13, 200_001)             # the optimum, by looking everywhere
+    losses = law(sizes, 1e22 / 6 / sizes, **true)
+    goal = found.target
+    assert goal["N"] == pytest.approx(sizes[losses.argmin()], rel=1e-3)
+    assert goal["loss"] == pytest.approx(losses.min(), rel=1e-6)
+    assert 6 * goal["N"] * goal["D"] == pytest.approx(1e22) and goal["decades"] == pytest.approx(2)
+    assert goal["tokens_per_parameter"] == pytest.approx(goal["D"] / goal["N"])
+
+
+def test_parabolas_without_noise_are_recovered():
+    N, D, loss = exact_parabolas()
+    fit = scaling.fit_isoflop(N, D, loss, target=1e21, bootstrap=50)
+    assert fit.a == pytest.approx(0.46, abs=1e-9) and fit.b == pytest.approx(0.54, abs=1e-9)
+    assert fit.loss_exponent == pytest.approx(0.07, abs=1e-9) and not fit.flags
+    for row, C in zip(fit.parabolas, BUDGETS):
+        assert row["C"] == pytest.approx(C) and row["runs"] == row["sizes"] == 5
+        assert row["N"] == pytest.approx(2e7 * (C / 1e18) ** 0.46)
+        assert row["D"] == pytest.approx(C / 6 / row["N"])
+        assert row["loss"] == pytest.approx(3 * (C / 1e18) ** -0.07)
+        assert row["curvature"] == pytest.approx(0.05) and row["flag"] == ""
+    assert fit.optimum(1e21) == pytest.approx([fit.target[k] for k in ("N", "D", "loss")])
+    assert fit.target["N"] == pytest.approx(2e7 * 1000 ** 0.46)
+    assert np.abs(fit.residuals).max() < 1e-12
+    excess = scaling.overtraining(fit, {}, 1e19)["isoflop"]          # k (log ratio)^2, by hand
+    assert excess["2"] == pytest.approx(0.05 * math.log(2) ** 2)
+    assert excess["curvature"] == pytest.approx(0.05) and "0.25" not in excess   # not sampled
+
+
+def test_power_law():
+    x = np.geomspace(1, 1e4, 9)
+    fit = scaling.fit_power_law(x, 7 * x ** -0.28)
+    assert fit.k == pytest.approx(7) and fit.c == pytest.approx(-0.28) and not fit.flags
+    assert np.abs(fit.residuals).max() < 1e-12 and fit.intervals["c"] == pytest.approx([-0.28] * 2)
+    fit = scaling.fit_power_law([1, 10, 100, np.nan], [2, 20, -1, 5], bootstrap=200)
+    assert fit.c == pytest.approx(1) and 60 < fit.failed < 140       # half draw one point twice
+    assert fit.failed == np.isnan(fit.draws["c"]).sum()
+    assert "2 points dropped" in fit.flags[0] and "two x" in fit.flags[1]
+    for x, y in [([1, 1, 1], [1, 2, 3]), ([1, 2], [1, -2]), ([], [])]:
+        with pytest.raises(scaling.FitError, match="two different x"):
+            scaling.fit_power_law(x, y)
+
+
+def test_bootstrap_is_seeded_joint_and_counts_failures():
+    runs = noisy_runs()
+    for fit in (scaling.fit_isoflop, scaling.fit_variable_projection):
+        one, same, other = (fit(*runs, bootstrap=300, seed=s) for s in (1, 1, 2))
+        for name, draws in one.draws.items():
+            assert np.array_equal(draws, same.draws[name], equal_nan=True)
+            assert not np.array_equal(draws, other.draws[name]) and len(draws) == 300
+            assert one.intervals[name] == pytest.approx(np.nanpercentile(draws, [2.5, 97.5]))
+        d = one.draws                                    # a draw is one resample in all of them
+        assert np.allclose(d["a"] + d["b"], 1) and np.allclose(6 * d["N"] * d["D"], 1e20)
+        assert np.allclose(d["tokens_per_parameter"], d["D"] / d["N"])
+    low, high = one.intervals["alpha"]
+    assert low < LAW["alpha"] < high and high - low < 0.15
+    # Three sizes a budget: a resample keeps all three in 6 of 27 cases, at two budgets 1 in 20.
+    N, D = sizes_of(BUDGETS[::4], 3)
+    fit = scaling.fit_isoflop(N, D, law(N, D, **LAW), bootstrap=400)
+    assert fit.failed == np.isnan(fit.draws["N"]).sum() and 0.9 < fit.failed / 400 < 0.99
+    assert any(f"{fit.failed} of 400 resamples failed" in flag for flag in fit.flags)
+    assert np.isnan(scaling.interval(fit.draws["a"][:100])).all()    # too few for percentiles
+    counts = scaling.resample(6, 500, 0, np.array([0, 0, 1, 1, 1, 1]))
+    assert (counts[:, :2].sum(1) == 2).all() and (counts[:, 2:].sum(1) == 4).all()
+
+
+def test_bootstrap_intervals_cover():
+    """A nominal 95% interval of alpha holds the truth in most of 20 repetitions."""
+    N, D = sizes_of(sizes=6)
+    held = 0
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(0, 0.003, len(N))
+        fit = scaling.fit_variable_projection(N, D, law(N, D, **LAW) * np.exp(noise), bootstrap=60)
+        held += fit.intervals["alpha"][0] <= LAW["alpha"] <= fit.intervals["alpha"][1]
+    assert 15 <= held
+
+
+def test_rank_correlation():
+    """Tables: n = 5, rho 0.9: p 0.083; n = 6, rho 0.886: p 0.033 (two-sided, exact)."""
+    rank = scaling.rank_correlation
+    found = rank([1, 2, 3, 4, 5], [2, 1, 3, 4, 5])
+    assert (found.rho, found.n) == (pytest.approx(0.9), 5) and found.p == pytest.approx(10 / 120)
+    assert rank(range(6), [1, 0, 2, 3, 5, 4]).p == pytest.approx(24 / 720)
+    found = rank([1, 2, 2, 3], [1, 3, 2, 4])             # ties share: 1, 2.5, 2.5, 4
+    assert found.rho == pytest.approx(math.sqrt(0.9)) and found.p == pytest.approx(4 / 24)
+    assert rank([1, 2, 3], [9, 5, 1]).rho == pytest.approx(-1)
+    assert rank([1, 2, 3], [9, 5, 1]).p == pytest.approx(2 / 6)
+    far = rank(range(30), np.arange(30) ** 3)
+    assert far.rho == pytest.approx(1) and far.p == pytest.approx(1e-4)  # the observed one counts
+    rng = np.random.default_rng(0)
+    several = [rank(*rng.normal(size=(2, 12)), permutations=999, seed=i).p for i in range(200)]
+    assert 0.02 <= np.mean(np.array(several) <= 0.1) <= 0.18             # uniform without relation
+    for x, y, why in [([1, 2], [1, 2], "at least 3"), ([1, 2, 3], [1, 1, 1], "constant"),
+                      ([1, 2, np.nan], [1, 2, 3], "finite"), ([1, 2, 3], [1, 2], "one length")]:
+        with pytest.raises(scaling.FitError, match=why):
+            rank(x, y)
+
+
+EVERY = scaling.METHODS.values()
+N7, D7 = sizes_of()
+GOOD = law(N7, D7, **LAW)
+ONE = sizes_of(BUDGETS[:1], 8)
+
+
+@pytest.mark.parametrize("fits, N, D, loss, why", [
+    (EVERY, *ONE, law(*ONE, **LAW), "two budgets|one line"),                   # one budget
+    ([scaling.fit_isoflop], *sizes_of(BUDGETS, 2), law(*sizes_of(BUDGETS, 2), **LAW),
+     "2 different sizes, a parabola needs 3"),
+    ([scaling.fit_isoflop], N7, D7, law(N7, D7, 1.8, 1e-9, 2e4, 0.35, 0.37),
+     "one side of the optimum, which lies below"),
+    ([scaling.fit_isoflop], N7, D7, law(N7, D7, 1.8, 1e4, 1e-9, 0.35, 0.37), "lies above"),
+    ([scaling.fit_isoflop], N7, D7, 10 - GOOD, "curvature not positive"),
+    (EVERY, N7 * 0 + 1e8, D7, GOOD, "N takes 1|two budgets"),                  # constant N
+    (list(EVERY)[1:], N7, D7 * 0 + 1e9, GOOD, "D takes 1"),
+    (list(EVERY)[1:], N7, 20 * N7, GOOD, "one line"),                          # one ratio D / N
+    (EVERY, N7[:5], D7[:5], GOOD[:5], "at least 6|two budgets"),
+    (EVERY, N7, D7, GOOD * np.nan, "no usable run in 35 rows .*loss.: 35"),
+    (EVERY, N7, D7, GOOD[:5], "columns of one length"), (EVERY, [], [], [], "no usable run")])
+def test_runs_that_cannot_tell_are_refused(fits, N, D, loss, why):
+    for fit in fits:
+        with pytest.raises(scaling.FitError, match=why) as refusal:
+            fit(N, D, loss, bootstrap=0)
+        assert "\n" not in str(refusal.value)
+
+
+def flags_of(fit, *runs, **options):
+    return "; ".join(fit(*runs, bootstrap=0, **options).flags)
+
+
+def test_doubtful_runs_are_flagged(few_starts):
+    iso, projection = scaling.fit_isoflop, scaling.fit_variable_projection
+    assert flags_of(iso, N7, D7, GOOD) == flags_of(projection, N7, D7, GOOD) == ""
+    bad = GOOD.copy()
+    bad[[0, 9, 11]] = np.nan, np.inf, -1
+    N = np.append(N7[:-1], np.nan)                       # bad rows are dropped, and the rest is
+    assert flags_of(projection, N, D7, bad).startswith("1 rows dropped: N is missing")
+    assert "3 rows dropped: loss is missing, infinite" in flags_of(iso, N, D7, bad)
+    for fit in (iso, projection):                        # fitted as if they were not there
+        keep = np.isfinite(N) & np.isfinite(bad) & (bad > 0)
+        a, b = (fit(*(c[m] for c in (N, D7, bad)), bootstrap=0) for m in (keep, N7 > 0))
+        assert a.a == b.a and a.target == b.target
+    twice = [np.append(c, c[:4]) for c in (N7, D7, GOOD)]
+    assert "4 rows repeat another exactly" in flags_of(iso, *twice)
+    zero = law(N7, D7, **LAW | dict(E=0.0))
+    assert "E is at 0" in flags_of(projection, N7, D7, zero)
+    assert "E is at 0" in flags_of(scaling.fit_parametric, N7, D7, zero)
+    assert "term in N is not resolved" in flags_of(projection, N7, D7, 1.8 + 2e3 / D7 ** 0.37)
+    assert "only 6 runs" in flags_of(projection, *(c[[0, 3, 6, 8, 17, 30]] for c in (N7, D7, GOOD)))
+    two = [c[7:21] for c in (N7, D7, GOOD)]
+    assert "two budgets" in flags_of(iso, *two)
+    lopsided = GOOD.copy()
+    lopsided[:7] = 3 + 0.02 * np.arange(2, 9) ** 2       # the smallest budget rises throughout
+    assert "budget 1e+18 left out: all runs on one side" in flags_of(iso, N7, D7, lopsided)
+    wide = 6 * N7 * D7 * np.tile(np.linspace(0.93, 1.08, 7), 5)
+    assert "differ by up to 15%" in flags_of(iso, N7, D7, GOOD, wide)
+    assert scaling.group_budgets(wide)[1] == pytest.approx(BUDGETS, rel=0.01)
+
+
+def test_compute_that_is_not_6ND():
+    """C = 4 N^1.1 D: both ways find that optimum, not the one for 6ND, and say so."""
+    C = np.repeat(BUDGETS, 9)
+    N = np.tile(np.geomspace(1 / 3, 3, 9), 5) * (C / 300) ** 0.48
+    D = C / (4 * N ** 1.1)
+    fit = scaling.fit_variable_projection(N, D, law(N, D, **LAW), C, bootstrap=0)
+    assert fit.rule == pytest.approx((4, 1.1)) and any("times 6ND" in flag for flag in fit.flags)
+    sizes = np.geomspace(1e7, 1e11, 100_001)
+    losses = law(sizes, 1e20 / (4 * sizes ** 1.1), **LAW)
+    assert fit.target["N"] == pytest.approx(sizes[losses.argmin()], rel=1e-3)
+    iso = scaling.fit_isoflop(N, D, law(N, D, **LAW), C, bootstrap=0)
+    assert iso.a == pytest.approx(fit.a, abs=0.005) and "a + b is 0.9" in "".join(iso.flags)
+    ratio = iso.target["N"] ** 1.1 * iso.target["D"] * 4 / 1e20
+    assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_outliers_and_their_influence():
+    N, D, loss = N7, D7, GOOD.copy()
+    loss[24] *= 1.3                                      # one run that diverged a little
+    huber, squares = (fit(N, D, loss, bootstrap=0) for fit in list(EVERY)[1:])
+    first = huber.influence[0]
+    assert len(huber.influence) == 5 and (first["N"], first["D"]) == (N[24], D[24])
+    assert first["residual"] == pytest.approx(math.log(1.3), rel=0.05)
+    for name, value in LAW.items():                      # without it the law is exact again
+        assert first["without"][name] == pytest.approx(value, rel=1e-5)
+        assert squares.influence[0]["without"][name] == pytest.approx(value, rel=1e-5)
+    off = [abs(f.alpha - LAW["alpha"]) for f in (huber, squares)]
+    assert off[0] < 0.01 < off[1]                        # Huber's loss bears it, squares don't
+    assert any("without the run at N" in flag for flag in squares.flags)
+
+
+def test_hold_out_scores_a_prediction_by_its_distance(few_starts):
+    runs = scaling.clean(N7, D7, GOOD)
+    rows = {r["method"]: r for r in scaling.hold_out(runs, above=3e19)}
+    assert len(rows) == 3                                # (the largest of two budgets held out)
+    for method, row in rows.items():
+        assert row["decades"] == pytest.approx(1.0) and row["C"] == pytest.approx(1e20)
+        tight = 1e-6 if method != "isoflop" else 0.05    # a parabola's log L is not a line in log C
+        assert abs(row["loss_error"]) < tight and abs(row["log10_N_error"]) < 0.02
+    assert 1e-4 < abs(rows["isoflop"]["loss_error"])
+    bent = GOOD * np.where(runs.C > 5e19, 1.05, 1)       # the largest budget is 5% worse than told
+    row = scaling.hold_out(scaling.clean(N7, D7, bent))[-1]
+    assert row["loss_error"] == pytest.approx(-math.log(1.05), abs=1e-6) == -row["loss_rms"]
+    with pytest.raises(scaling.FitError, match="both sides"):
+        scaling.hold_out(runs, above=1e30)
+
+
+def test_state_law():
+    """P* = k M^-0.28 with M = 5 sqrt(N) and a k for each architecture, put in and found again."""
+    fits = {}
+    for arch, k in [("one", 40.0), ("two", 30.0)]:
+        N, D, _ = exact_parabolas()
+        C = 6 * N * D / 1e18
+        best = 2e7 * C ** 0.46
+        loss = np.log(k * (5 * best ** 0.5) ** -0.28) + 0.05 * np.log(N / best) ** 2
+        fits[arch] = scaling.fit_isoflop(N, D, loss, state=5 * N ** 0.5, bootstrap=100)
+    out = scaling.state_law(fits)
+    assert out["c"] == pytest.approx(-0.28) and out["intervals"]["c"] == pytest.approx([-0.28] * 2)
+    assert out["k"] == pytest.approx(dict(one=40, two=30))
+    assert out["separate"]["two"]["c"] == pytest.approx(-0.28)
+    with pytest.raises(scaling.FitError, match="no architecture has a positive state"):
+        scaling.state_law(dict(x=scaling.fit_isoflop(N7, D7, GOOD, bootstrap=0)))
+
+
+def test_overtraining_and_the_bias_of_parabolas():
+    fit = scaling.fit_variable_projection(N7, D7, GOOD, bootstrap=0)
+    N, D, loss = fit.optimum(1e19)
+    excess = scaling.overtraining({}, fit, 1e19)["law"]
+    for ratio in (0.25, 0.5, 2, 4):                      # the same budget, another size
+        expected = law(ratio * N, D / ratio, **LAW) - loss
+        assert excess[f"{ratio:g}"] == pytest.approx(expected) and expected > 0
+    bias = scaling.parabola_bias(fit, scaling.clean(N7, D7, GOOD))   # on exact runs it is all there
+    iso = scaling.fit_isoflop(N7, D7, GOOD, bootstrap=0)             # is between the two methods
+    assert bias["a"] == pytest.approx(iso.a - fit.a, abs=1e-8) and 1e-5 < abs(bias["a"]) < 0.01
+    assert bias["N_factor"] == pytest.approx(iso.target["N"] / fit.target["N"])
+
+
+@pytest.mark.parametrize("method", [scaling.Huber, scaling.Projection])
+def test_gradients_equal_finite_differences(method, h=1e-6):
+    N, D, loss = noisy_runs()
+    fitter, rng = method(scaling.clean(N, D, loss * 1.02)), np.random.default_rng(1)
+    w = rng.integers(0, 3, (1, len(N))).astype(float)
+    theta = (rng.normal([0, 0, 0.5, 0.35, 0.35], 0.05, (20, 5)) if method is scaling.Huber else
+             np.log(rng.uniform(0.2, 0.8, (20, 2))))
+    value, gradient, curvature = fitter(theta, w)
+    for i in range(theta.shape[1]):
+        step = h * np.eye(theta.shape[1])[i]
+        (up, gu, _), (down, gd, _) = fitter(theta + step, w), fitter(theta - step, w)
+        scale = np.abs(gradient).max(1)
+        assert (np.abs((up - down) / (2 * h) - gradient[:, i]) < 1e-5 * scale + 1e-9).all()
+        if method is scaling.Huber:                      # Newton's: exact where no run is at a kink
+            wrong = np.abs((gu - gd) / (2 * h) - curvature[:, i])
+            assert np.median(wrong.max(1) / np.abs(curvature).max((1, 2))) < 1e-4
+
+
+def test_the_objective_is_the_published_one_and_its_minimum_is_found():
+    """
+    240 points about Chinchilla's law as re-extracted (the points themselves are not shipped), its
+    sum of Huber losses by a plain loop, and no random start that ends lower.
+    """
+    rng = np.random.default_rng(0)
+    N, D = 10 ** rng.uniform(7.8, 10.2, 240), 10 ** rng.uniform(8.9, 11.8, 240)
+    loss = law(N, D, **LAW) * np.exp(rng.standard_t(3, 240) * 0.004)
+    fit = scaling.fit_parametric(N, D, loss, bootstrap=0)
+
+    def objective(q):
+        total = 0.0
+        for n, d, l in zip(N, D, loss):
+            r = abs(math.log(law(n, d, *q)) - math.log(l))
+            total += r * r / 2 if r <= 1e-3 else 1e-3 * (r - 1e-3 / 2)
+        return total
+    best = np.array([getattr(fit, k) for k in scaling.LAW])
+    assert fit.objective == pytest.approx(objective(best), rel=1e-9)
+    assert fit.objective < objective(list(LAW.values())) and abs(fit.alpha - LAW["alpha"]) < 0.03
+    for _ in range(100):                                 # a minimum in every direction ...
+        assert objective(best * (1 + 1e-4 * rng.normal(size=5))) > fit.objective
+    fitter = scaling.Huber(scaling.clean(N, D, loss))    # ... and lower than what others reach
+    starts = rng.uniform([-2, -2, -2, 0, 0], [3, 3, 2, 2, 2], (300, 5))
+    reached = scaling.minimise(fitter, starts, np.ones((1, 240)))[1]
+    assert reached.min() > fit.objective * (1 - 1e-9)
+    assert (reached < fit.objective * (1 + 1e-6)).mean() > 0.3
+
+
+def test_problems_solved_together_equal_problems_solved_alone():
+    fitter = scaling.Projection(scaling.clean(*noisy_runs()))
+    starts, w = fitter.starts()[::12], np.ones((1, 25))
+    together = scaling.minimise(fitter, starts, w)[1]
+    alone = [scaling.minimise(fitter, s[None], w)[1][0] for s in starts]
+    assert together == pytest.approx(np.array(alone), rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# Their commands
+
+
+@pytest.fixture(scope="module")
+def runs_csv(tmp_path_factory):
+    """Three architectures, the second 3% better, the third 6%; three budgets of five sizes."""
+    N, D = sizes_of(BUDGETS[::2], 5)
+    parts = [dict(N=N, D=D, loss=law(N, D, **LAW) * (1 - 0.03 * i), arch=np.repeat(arch, len(N)),
+                  state=(i + 1) * N ** 0.5) for i, arch in enumerate(("one", "two", "three"))]
+    return write_csv(tmp_path_factory.mktemp("runs") / "runs.csv",
+                     **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
+
+
+def test_fit_prints_one_json_object(runs_csv, tmp_path, capsys):
+    few = tmp_path / "one.csv"
+    few.write_text("".join(runs_csv.read_text().splitlines(True)[:16]))
+    options = ["--bootstrap", "30", "--target", "1e21", "--draws", str(tmp_path / "draws.npz")]
+    assert not scaling.main(["fit", str(few), "--json", *options])
+    text = capsys.readouterr().out
+    out = json.loads(text)
+    assert text.count("\n") == 1 and {"a", "b", "intervals"} <= out["isoflop"].keys()
+    for name in ("parametric", "variable_projection"):
+        assert {"E", "A", "B", "alpha", "beta", "objective", "rss",
+                "intervals"} <= out[name].keys()
+        assert out[name]["alpha"] == pytest.approx(LAW["alpha"], rel=1e-6)
+        assert out[name]["target"]["C"] == 1e21 and len(out[name]["intervals"]["E"]) == 2
+    assert out["archs"].keys() == {"one"} and out["state_law"]["c"] < 0 and out["hold_out"]
+    assert out["parabola_bias"]["parametric"]["a_parabola_less_law"] == pytest.approx(
+        out["isoflop"]["a"] - out["parametric"]["a"])
+    draws = np.load(tmp_path / "draws.npz")
+    assert draws["one/parametric/alpha"].shape == (30,)
+
+
+def test_fit_reports_every_architecture(runs_csv, capsys, few_starts):
+    assert not scaling.main(["fit", str(runs_csv), "--bootstrap", "20"])
+    text = capsys.readouterr().out
+    for word in ("one  runs 15", "three  runs 15", "all together  runs 45", "state_law", "hold_out",
+                 "! 3 architectures pooled as if they were one", "alpha 0.347", "overtraining"):
+        assert word in text
+
+
+def test_compare_ranks_architectures(runs_csv, tmp_path, capsys):
+    scores = tmp_path / "mad.json"
+    scores.write_text(json.dumps(dict(one=0.5, two=dict(mean=0.6), three=0.7, other=0.9)))
+    assert not scaling.main(["compare", "--mad", str(scores), "--runs", str(runs_csv), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["rho"] for r in rows] == pytest.approx([-1] * 3) and rows[0]["n"] == 3
+    assert rows[0]["p"] == pytest.approx(1 / 3) and rows[-1]["C"] == pytest.approx(1e20)
+    assert rows[0]["loss"]["three"] < rows[0]["loss"]["one"] and rows[0]["flags"] == []
+    assert not scaling.main(["compare", "--mad", str(scores), "--runs", str(runs_csv)])
+    assert "rho -1" in capsys.readouterr().out
+
+
+def test_plot_writes_an_image(runs_csv, tmp_path):
+    pytest.importorskip("matplotlib")
+    scores, image = tmp_path / "mad.csv", tmp_path / "plots.png"
+    scores.write_text("arch,mean\none,0.5\ntwo,0.6\nthree,0.7\n")
+    assert not scaling.main(["plot", str(runs_csv), "--out", str(image), "--mad", str(scores)])
+    assert image.read_bytes().startswith(b"\x89PNG") and image.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("csv, args, message", [
+    (None, [], "No such file"), ("", [], "no rows"), ("N,D\n1,2\n", [], "no column loss in N, D"),
+    ("N,D,loss\n1,2,three\n", [], "line 2, loss: 'three' is not a number"),
+    ("N,D,loss\n1e8,1e9,3\n", [], "power laws need two budgets"),
+    ("N,D,loss\n1e8,1e9,\n", [], "no usable run"), ("N,D,loss\n1,2,3\n", ["--target", "-1"], "-1"),
+    ("N,D,loss\n1,2,3\n", ["--bootstrap", "few"], "few")])
+def test_mistakes_with_runs_end_in_one_line(csv, args, message, tmp_path, capsys):
+    path = tmp_path / "runs.csv"
+    if csv is not None:
+        path.write_text(csv)
+    try:
+        status = scaling.main(["fit", str(path), *args])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("scaling.py") or "error:" in error.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------------
+# Sweeps and plans
+
+
+MICRO = dict(E=1.5, A=64, B=330, alpha=0.4, beta=0.4)    # its optimum: about 60 tokens a parameter
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """train.py's runs without the training: the configs that were really trained, in order."""
+    configs, results = [], {}
+
+    def fake(config, say):
+        if config.name not in results:
+            if config.name in fail:
+                raise FloatingPointError("the loss is nan\nat step 7")
+            if len(configs) == fake.stop:
+                raise train.Interrupted("stopped at step 3 of 9", signal.SIGINT)
+            configs.append(config)
+            loss = law(6 * len(config.layers.split()) * config.dim ** 2,
+                       config.steps * config.batch_size * config.context, **MICRO)
+            results[config.name] = dict(val_loss=loss, bits_per_byte=loss / math.log(2),
+                                        wall_s=2.0, corpus=dict(training_tokens=10_000_000))
+        return results[config.name]
+
+    fail, fake.stop = set(), None
+    monkeypatch.setattr(train, "train", fake)
+    monkeypatch.setattr(train, "TrainConfig", lambda **fields: argparse.Namespace(**fields))
+    monkeypatch.setattr(train, "find_folder", lambda config: None)
+    monkeypatch.setattr(tasks, "load_tokens", lambda data, tokenizer: None)
+    return argparse.Namespace(configs=configs, fail=fail, train=fake)
+
+
+SWEEP = ["sweep", "--archs", "transformer,hybrid", "--budgets", "1e12,1e13"]
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweep_trains_isoflop_groups_that_fit_reads(trained, few_starts, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert not scaling.main([*SWEEP, "--out", str(out), "--seed", "3"])
+    rows, configs = read_rows(out / "runs.csv"), trained.configs
+    assert len(rows) == len(configs) == 2 * 2 * 7 and "28 of 28 runs" in capsys.readouterr().out
+    for row, config in [*zip(rows, configs)][::3]:
+        budget, N, D, C = (float(row[k]) for k in ("budget", "N", "D", "C"))
+        m = model.Model(config.layers, 256, config.dim, config.context)
+        entries = model.ledger(m, 128)                   # a step is what C can be off by
+        per_token = 3 * model.total(entries).flops / 128
+        assert D == config.steps * config.batch_size * 128 and C == pytest.approx(per_token * D)
+        assert abs(C - budget) <= per_token * config.batch_size * 128 / 2 * 1.001
+        assert N == sum(p.numel() for p in m.parameters()) - 2 * 256 * config.dim
+        assert int(row["N_total"]) == sum(p.numel() for p in m.parameters())
+        assert float(row["state"]) == model.total(entries).nominal
+        assert config.steps >= scaling.LEAST_STEPS and 0.008 <= config.warmup / config.steps < 0.051
+        assert config.lr == pytest.approx(3e-3 * (64 / config.dim) ** 0.5, rel=1e-3)
+        assert (config.clip, config.beta2, config.weight_decay, config.seed) == (1, 0.95, 0.1, 3)
+        assert config.task == "text" and float(row["epochs"]) == pytest.approx(D / 1e7, abs=1e-4)
+    for arch, budget in itertools.product(("transformer", "hybrid"), (1e12, 1e13)):
+        group = [r for r in rows if r["arch"] == arch and float(r["budget"]) == budget]
+        sizes = [float(r["N"]) * (6 * 60 / budget) ** 0.5 for r in group]      # N / N*
+        assert len({r["N"] for r in group}) >= 5 and len({r["batch"] for r in group}) == 1
+        assert 0.15 < min(sizes) < 0.4 and 2.5 < max(sizes) < 5
+    batches = [int(r["batch"]) for r in rows]
+    assert batches == sorted(batches) and batches[0] < batches[-1]
+    shapes = {a: [(r["width"], r["depth"]) for r in rows if r["arch"] == a] for a in
+              ("transformer", "hybrid")}
+    assert shapes["transformer"] == shapes["hybrid"]
+    assert set(scaling.read_runs(out / "runs.csv")) == {"transformer", "hybrid"}
+    assert not scaling.main(["fit", str(out / "runs.csv"), "--bootstrap", "5"])
+    text = capsys.readouterr().out
+    assert "hybrid  runs 14" in text and text.count("isoflop  failed 0  a 0.") == 3
+
+
+def test_sweep_goes_on_and_loses_nothing(trained, tmp_path, capsys):
+    args = [*SWEEP[:-1], "1e12", "--sizes", "5", "--out", str(tmp_path)]
+    trained.train.stop = 3
+    assert scaling.main(args) == 128 + signal.SIGINT and len(read_rows(tmp_path / "runs.csv")) == 3
+    assert "stopped at step 3 of 9; finished runs, if any, are in" in capsys.readouterr().err
+    trained.train.stop = None
+    trained.fail.add(bad := "hybrid_1e+12_64x2_seed0")
+    assert scaling.main(args) == 1
+    said = capsys.readouterr()
+    assert "9 of 10 runs" in said.out and f"failed: {bad}: the loss is nan at step 7" in said.err
+    rows = read_rows(tmp_path / "runs.csv")
+    assert len(rows) == 10 and [r["loss"] == "" for r in rows].count(True) == 1
+    assert scaling.read_runs(tmp_path / "runs.csv")["hybrid"].dropped == dict(loss=1)
+    assert len({c.name for c in trained.configs}) == len(trained.configs) == 9   # each trained once
+    trained.fail.clear()
+    assert not scaling.main(args) and len(trained.configs) == 10
+    before = read_rows(tmp_path / "runs.csv")
+    assert not scaling.main(["sweep", "--archs", "mamba", *args[3:]])   # another sweep, same CSV
+    rows = read_rows(tmp_path / "runs.csv")
+    assert rows[:10] == before and [r["arch"] for r in rows[10:]] == ["mamba"] * 5
+    assert {p.name for p in tmp_path.iterdir()} == {"runs.csv"}         # no temporary file
+
+
+def test_ratios_of_attention_are_exact_at_the_same_shapes(trained, tmp_path):
+    ratios = {"0": 0, "8.3": 1 / 12, "25": 1 / 4, "50": 1 / 2, "100": 1}
+    archs = ",".join(f"mh-hyena@{r}" for r in ratios)
+    assert not scaling.main(["sweep", "--archs", archs, "--budgets", "1e13", "--out",
+                             str(tmp_path)])
+    rows = read_rows(tmp_path / "runs.csv")
+    for ratio, share in ratios.items():
+        mine = [(c.layers, c.dim) for c, r in zip(trained.configs, rows)
+                if r["arch"] == f"mh-hyena@{ratio}"]
+        for layers_, _ in mine:
+            mixers = [name for name, _ in model.parse_pattern(layers_)][::2]
+            assert mixers.count("mh-attention") == share * len(mixers) and len(mixers) % 12 == 0
+        assert [w for _, w in mine] == [c.dim for c in trained.configs[:7]] and len(mine) == 7
+    assert scaling.family("mamba@50") == ("mamba mamba mh-attention swiglu", 2)
+    assert scaling.family("hyena-moe@50")[0] == model.ARCHS["striped-hyena-moe"]
+
+
+def test_runs_of_too_few_steps_are_left_out(trained, tmp_path, capsys):
+    assert not scaling.main(["sweep", "--budgets", "2e10", "--out", str(tmp_path)])
+    said = capsys.readouterr().out.splitlines()
+    left = [line for line in said if line.startswith("left out: ")]
+    assert left and len(left) + len(trained.configs) == 14 and "fewer than 50" in left[0]
+    assert min(c.steps for c in trained.configs) >= 50
+
+
+@pytest.mark.parametrize("arch", model.ARCHS)
+def test_every_architecture_is_priced_and_built_at_every_kind_of_width(arch):
+    unit, blocks = scaling.family(arch)
+    for width in (16, 24, 40, 48, 176, 512, 2304, 4096):
+        pattern = scaling.at_width(f"{unit} {unit}", width)
+        price = scaling.price(pattern, width, 64, 100)
+        assert blocks == 2 and price["N"] > 0 and price["token_flops"] > 6 * 100 * width
+        if width == 48:                                  # the same as counted on real numbers
+            m = model.Model(pattern, 100, width, 64)
+            assert price["N_total"] == sum(p.numel() for p in m.parameters())
+            assert price["state"] == model.total(model.ledger(m, 64)).nominal
+            assert price["token_flops"] == pytest.approx(
+                3 * model.total(model.ledger(m, 64)).flops / 64)
+    assert scaling.at_width(unit, 128).count("heads=16") == 0 or "mh-" in unit
+
+
+def test_plan_adds_up(capsys):
+    """One row worked by hand: the transformer of 24 blocks of width 1024, context 2048, GPT-2."""
+    assert not scaling.main(["plan", "--archs", "transformer", "--budgets", "8e19", "--card",
+                             "A100", "--utilisation", "0.5"])
+    text = capsys.readouterr().out
+    row = next(line for line in text.splitlines() if line.split()[2:4] == ["1024", "24"]).split()
+    inner = model.Model("swiglu", 16, 1024).blocks[0].layer
+    mlp = sum(p.numel() for p in inner.parameters())
+    N = 24 * (4 * 1024 ** 2 + mlp + 2 * 1024) + 1024     # with a norm before each layer and the last
+    total = N + 2 * 50257 * 1024
+    assert row[4:6] == [f"{N / 1e6:,.1f}", f"{total / 1e6:,.1f}"]
+    forward = 24 * (8 * 1024 ** 2 + 2 * mlp + 2 * 1024 * 2049) + 2 * 1024 * 50257
+    D = 8e19 / (3 * forward)
+    assert float(row[6]) * 1e9 == pytest.approx(D, rel=2e-2) and row[7] == "256"   # 524,288 tokens
+    assert int(row[8].replace(",", "")) == pytest.approx(D / 2 ** 19, rel=2e-2)
+    GB = (16 * total + 34 * 2048 * 1024 * 24 + 10 * 2048 * 50257) / 1e9
+    assert float(row[10]) == pytest.approx(GB, abs=0.051)
+    assert float(row[11]) == pytest.approx(8e19 / (312e12 * 0.5) / 3600, abs=0.06)
+    assert "recalled, not checked" in text and "7 runs, 5.6" in text and "context 2048" in text
+    assert [scaling.batch_tokens(C) for C in (4e18, 8e18, 2e19, 4e19, 8e19)] == \
+        [2 ** 17, 2 ** 17, 2 ** 18, 2 ** 18, 2 ** 19]
+    big = scaling.price(scaling.at_width(" ".join([model.ARCHS["hybrid"]] * 16), 4096), 4096, 2048,
+                        50257)
+    assert scaling.SHAPES[-1] == (4096, 32) and 6.5e9 < big["N_total"] < 7.5e9   # the paper's 7B
+    assert not scaling.main(["plan", "--budgets", "8e19", "--card", "RTX4090"])
+    assert "!" in capsys.readouterr().out                # 24 GB are not enough for all of them
+
+
+@pytest.mark.parametrize("args, message", [
+    (["sweep", "--archs", "hybird"], "Did you mean hybrid"), (["plan", "--archs", ""], "unknown"),
+    (["plan", "--archs", "mh-hyena@33"], "0, 8.3, 25, 50, 100%"),
+    (["plan", "--archs", "transformer@25"], "other than attention"),
+    (["plan", "--budgets", "1e18,-1"], "1e18,-1"), (["sweep", "--sizes", "4"], "4"),
+    (["plan", "--card", "H1000"], "H1000"), (["sweep", "--tokenizer", "bites"], "bites"),
+    (["plan", "--utilisation", "0"], "0"), (["sweep", "--budgets", "1e6"], "no run"),
+    (["sweep", "--data", "nowhere.txt"], "nowhere.txt")])
+def test_mistakes_with_sweeps_end_in_one_line(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = scaling.main(args)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_scaling_as_a_program_and_its_help(runs_csv, capsys):
+    done = subprocess.run([sys.executable, str(HERE / "scaling.py"), "compare", "--mad", runs_csv,
+                           "--runs", runs_csv], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no column mean" in done.stderr
+    commands = ("fit", "compare", "plot", "sweep", "plan")
+    for args in ([], *([name] for name in commands)):
+        with pytest.raises(SystemExit) as stop:
+            scaling.main([*args, "-h"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and "usage: " in text and "%%" not in text
+        assert all(name in text for name in commands if not args)
+        assert ("mh-hyena@25" in text) == (args in (["sweep"], ["plan"]))
 
 
 # =================================================================================================
