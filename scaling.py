@@ -31,7 +31,8 @@ Intervals are 95% bootstrap percentiles over resampled runs. What the runs canno
   python scaling.py plan --budgets 4e18,8e19 --card H100   what the paper's budgets would take
   python scaling.py fit runs.csv                           a report: 3 s for 20 runs, 13 s for 240
   python scaling.py fit runs.csv --json --target 1e21      the same as one JSON object
-  python scaling.py compare --mad mad.json --runs runs.csv
+  python scaling.py table --mad results/mad/quick          MAD scores beside the published ones
+  python scaling.py compare --mad results/mad/quick --runs runs.csv
   python scaling.py plot runs.csv --out scaling.png
 """
 import argparse
@@ -844,6 +845,81 @@ def compare(scores, archs):
     return rows
 
 
+# Published accuracies in %, averaged over classes: rows as printed in arXiv 2406.06484 from the MAD
+# paper, the striped ones read off mad-lab's figure (0.2 points), and the three of MetaLA's rerun.
+COLUMNS = ("compression", "fuzzy-in-context-recall", "in-context-recall", "memorization",
+           "noisy-in-context-recall", "selective-copying")
+PUBLISHED = {                     # arch -> COLUMNS, mean
+    "transformer": (51.6, 29.8, 94.1, 85.2, 86.8, 99.6, 74.5),
+    "hyena": (45.2, 7.9, 81.7, 89.5, 78.8, 93.1, 66.0),
+    "mh-hyena": (44.8, 14.4, 99.0, 89.4, 98.6, 93.0, 73.2),
+    "mamba": (52.7, 6.7, 90.4, 89.5, 90.1, 86.3, 69.3),
+    "gla": (38.8, 6.9, 80.8, 63.3, 81.6, 88.6, 60.0),
+    "striped-hyena": (47.2, 23.4, 100, 89.2, 100, 100, 76.6),
+    "striped-hyena-moe": (50.3, 24.9, 100, 89.6, 100, 100, 77.4),
+    "striped-hyena-experts-moe": (52.3, 28.4, 100, 89.1, 100, 100, 78.3),
+}
+RERUN = {
+    "mh-hyena": (47.8, 18.0, 97.5, 89.5, 98.7, 90.8, 73.7),
+    "mamba": (44.0, 9.6, 87.9, 89.5, 90.9, 81.8, 67.3),
+    "gla": (37.7, 12.5, 91.6, 57.1, 92.6, 88.6, 63.3),
+}
+
+
+def read_records(folder):
+    """{name: records of train.py --task mad, one a seed} of a folder, best mean first."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            options = [f"{k}={v}" for k, v in record["options"].items()]
+            found.setdefault(" ".join([record["arch"], *options]), []).append(record)
+        except (TypeError, KeyError, ValueError) as error:
+            raise FitError(f"{path}: no MAD score ({type(error).__name__}: {error})") from None
+    if not found:
+        raise FitError(f"{folder} holds no scores: make them with train.py --task mad")
+    if len(codes := {(r["preset"], r["code"]) for rs in found.values() for r in rs}) > 1:
+        print(f"! these scores are of {len(codes)} versions of code or preset", file=sys.stderr)
+    return dict(sorted(found.items(), key=lambda item: -mad_mean(item[1])))
+
+
+def mad_mean(records, key="macro_mean"):
+    return float(np.mean([r[key] for r in records]))
+
+
+def cell(values):
+    """Percent; of several seeds the mean and half the range."""
+    values = 100 * np.array(values)
+    return f"{values.mean():.1f}" + (f" ±{np.ptp(values) / 2:.1f}" if len(values) > 1 else "")
+
+
+def mad_table(found):
+    """
+    Markdown: scores averaged over classes with the published ones beneath, and the mean of token
+    accuracy; then how the two orders agree.
+    """
+    heads = ["architecture", *(c.replace("-in-context-", " ").replace("in-context-", "")
+                               for c in COLUMNS), "mean", "mean, tokens", "state", "parameters"]
+    rows = [heads, ["---"] * len(heads)]
+    for name, records in found.items():
+        tasks = [cell([r["tasks"][t]["macro"] for r in records]) for t in COLUMNS]
+        rows.append([name, *tasks, cell([r["macro_mean"] for r in records]),
+                     cell([r["mean"] for r in records]), f"{records[0]['state']:,}",
+                     f"{records[0]['parameters']:,}"])
+        for source, published in (("paper", PUBLISHED), ("rerun", RERUN)):
+            if name in published:
+                rows.append([f"*{source}*", *(f"*{v:.1f}*" for v in published[name]), "", "", ""])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    both = [name for name in found if name in PUBLISHED]
+    rank = attempt(rank_correlation, [mad_mean(found[a]) for a in both],
+                   [PUBLISHED[a][-1] for a in both])
+    said = (f"no rank correlation with the published means: {rank['refused']}"
+            if isinstance(rank, dict) else
+            f"Spearman's correlation of these means with the published ones: {rank.rho:.2f}, "
+            f"n = {rank.n}, permutation p = {rank.p:.2g}")
+    return "\n".join([*lines, "", said])
+
+
 # -------------------------------------------------------------------------------------------------
 # Files in, text out
 
@@ -894,7 +970,12 @@ def pool(archs):
 
 
 def read_scores(path):
-    """{arch: score} from JSON ({arch: score or {"mean": score}}, or rows) or CSV (arch, mean)."""
+    """
+    {arch: score} from JSON ({arch: score or {"mean": score}}, or rows), CSV (arch, mean), or a
+    folder of train.py's MAD scores.
+    """
+    if Path(path).is_dir():
+        return {name: mad_mean(records) for name, records in read_records(path).items()}
     if not str(path).endswith(".json"):
         return {r["arch"]: number(r["mean"], f"{path}, {r['arch']}")
                 for r in read_csv(path, ("arch", "mean"))}
@@ -1263,6 +1344,10 @@ def run_compare(args):
     print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(report("budget", rows)))
 
 
+def run_table(args):
+    print(mad_table(read_records(args.mad)))
+
+
 def run_plot(args):
     plot(read_runs(args.runs), args.out, args.mad and read_scores(args.mad))
 
@@ -1397,9 +1482,11 @@ def main(argv=None):
     add("--draws", help="write every bootstrap draw to this .npz file")
     add("--plot", help="also draw the plots into this image file")
     add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
-    add("--mad", required=True, help="JSON {arch: score} or CSV (arch, mean)")
+    add("--mad", required=True, help="JSON {arch: score}, CSV (arch, mean), or train.py's folder")
     add("--runs", required=True, help="CSV file of runs, with an arch column")
     add("--json", action="store_true", help="print a JSON list, a row a budget")
+    add = _command(commands, "table", run_table, "MAD scores beside the published ones")
+    add("--mad", required=True, help="folder of train.py's scores, such as results/mad/quick")
     add = _command(commands, "plot", run_plot, "draw a CSV of runs")
     add("runs", help="CSV file of runs")
     add("--out", required=True, help="image file, .png or .pdf")

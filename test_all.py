@@ -20,13 +20,16 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -1980,6 +1983,359 @@ def test_compiled_run_equals_plain_run(tmp_path):
     results = [train.train(small(tmp_path, compile=c, steps=10), quiet) for c in ("off", "on")]
     losses = [[x["loss"] for x in logged(r["folder"]) if "loss" in x] for r in results]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# The MAD protocol
+
+
+GRID24 = train.Preset(settings=tuple((setting(t, num_train=128, num_test=64), 4) for t in tasks.TASKS),
+                    epochs=None, batch_size=32, lrs=(1e-4, 1e-3), weight_decays=(0.0, 0.1),
+                    eval_every=2)
+
+
+def mad(tmp_path, **changes):
+    return train.MadConfig(**{**dict(layers="swiglu", dim=16, preset="tiny", compile="off",
+                                     device="cpu", dtype="float32", out=str(tmp_path / "out"),
+                                     results=str(tmp_path / "results")), **changes})
+
+
+def score(config):
+    said = []
+    return train.mad_score(config.label, config.preset, config, said.append) | dict(said=said[0])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A preset of 24 runs whose test data are small: 64 sequences can't be asked for by options."""
+    monkeypatch.setitem(train.PRESETS, "tiny", GRID24)
+    for task in tasks.TASKS:
+        monkeypatch.setitem(tasks.BASELINES, task, setting(task, num_test=64))
+
+
+@pytest.fixture
+def fake(tiny, monkeypatch):
+    """Runs that take no time. fake.accuracy(config) is one's accuracy, or raises."""
+    made = types.SimpleNamespace(runs=[], accuracy=lambda c: 0.5)
+
+    def train_(config, say, shared):
+        made.runs.append(config)
+        a, folder = made.accuracy(config), train.folder_of(config)
+        one = dict(test_accuracy=a, macro_accuracy=a / 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        train.write_json(folder / "result.json", dict(
+            **one, least_loss={k: v / 2 for k, v in one.items()}, steps=4, ended="all steps done",
+            wall_s=1.0, config=train.identity(config), machine={}, versions={}))
+    monkeypatch.setattr(train, "train", train_)
+    return made
+
+
+def test_full_preset_is_the_protocol():
+    grid = train.grid_of(train.MadConfig(preset="full"))
+    runs = [run for runs in grid.values() for run in runs]
+    assert len(grid) == 66 and set(grid) == set(tasks.mad_settings())
+    assert len(runs) == 396 == len({run.name for run in runs})
+    assert {(r.lr, r.weight_decay) for r in runs} == \
+        {(lr, w) for lr in (1e-4, 5e-4, 1e-3) for w in (0.0, 0.1)}
+    for s, some in grid.items():
+        assert all(r.setting == s and r.epochs == 200 and r.batch_size == 128 for r in some)
+        assert [r.lr for r in some] == sorted((r.lr for r in some), reverse=True)
+        # Any of them can be run by hand: its command makes the same run.
+        again = train.parse_args(shlex.split(train.command_of(some[0]))[2:])
+        assert train.identity(again) == train.identity(some[0])
+    shapes = [(s.length, s.vocab_size, s.backbone) for s in grid]
+    changes = sum(a != b for a, b in zip(shapes, shapes[1:]))
+    assert changes == len(set(shapes)) - 1               # each shape is compiled once
+
+
+def test_score_is_best_of_runs_and_mean_of_means(fake, tmp_path, monkeypatch):
+    extra = (setting(RECALL, num_train=64, num_test=64), 4)
+    monkeypatch.setitem(train.PRESETS, "tiny",
+                        dataclasses.replace(GRID24, settings=(*GRID24.settings, extra)))
+    fake.accuracy = lambda c: 0.9 - 100 * c.lr - c.weight_decay + 0.1 * (c.num_train == 64)
+    got = score(mad(tmp_path))
+    one = pytest.approx(0.89)                            # lr 1e-4, no decay
+    assert got["tasks"][COMPRESSION]["token"] == one and len(fake.runs) == 28
+    assert got["tasks"][RECALL]["token"] == pytest.approx((0.89 + 0.99) / 2)
+    assert got["mean"] == pytest.approx((5 * 0.89 + 0.94) / 6)
+    assert got["macro_mean"] == pytest.approx(got["mean"] / 2)
+    assert all(s["best"] == dict(lr=1e-4, weight_decay=0.0) for s in got["settings"])
+    recorded = json.loads(Path(got["file"]).read_text())
+    assert recorded["mean"] == got["mean"] and Path(got["file"]).name == "swiglu_seed0_dim=16_" \
+        "dtype=float32.json"
+    half = score(mad(tmp_path, select="best-loss"))      # the same runs, read another way
+    assert half["mean"] == pytest.approx(got["mean"] / 2) and half["counts"]["reused"] == 28
+    assert half["file"] != got["file"] and len(fake.runs) == 28
+    part = score(mad(tmp_path, tasks=f"{RECALL},{COPYING}", settings="baseline"))
+    assert part["counts"]["runs"] == 8 and part["mean"] is None and part["file"] is None
+    assert "not all settings" in part["said"] and part["tasks"][RECALL]["token"] == one
+
+
+def test_runs_of_a_solved_setting_are_skipped(fake, tmp_path):
+    fake.accuracy = lambda c: 0.999 if c.task == COPYING else 0.5
+    got = score(mad(tmp_path))
+    assert got["counts"] | dict(trained=21, skipped=3) == got["counts"] and got["file"]
+    assert [c.lr for c in fake.runs if c.task == COPYING] == [1e-3]
+    every = score(mad(tmp_path, no_skip=True))
+    assert len(fake.runs) == 24
+    assert every["counts"] | dict(reused=21, trained=3, skipped=0) == every["counts"]
+
+
+def test_failed_runs(fake, tmp_path):
+    def fail(c):
+        if c.lr == 1e-3 and c.task == NOISY:
+            raise RuntimeError("the disk is on fire")
+        return 0.5
+    fake.accuracy = fail
+    got = score(mad(tmp_path))
+    assert got["counts"] | dict(trained=22, failed=2, open=0) == got["counts"]
+    assert got["mean"] == 0.5 and got["file"] is None and "tries them again" in got["said"]
+    where = [c for c in fake.runs if c.lr == 1e-3 and c.task == NOISY]
+    error = train.folder_of(where[0]) / "error.txt"
+    assert "Traceback" in error.read_text() and str(error.parent) in got["said"]
+
+    def diverge(c):
+        if c.task == NOISY and c.lr == 1e-3 or c.task == RECALL and c.seed == 1:
+            raise FloatingPointError("the loss is nan")
+        return 0.5
+    fake.accuracy = diverge                              # tried again; now the others count
+    got = score(mad(tmp_path))
+    assert got["counts"] | dict(reused=22, failed=2) == got["counts"] and got["file"]
+    none = score(mad(tmp_path, seed=1))                  # no run of recall is left: no mean
+    assert none["mean"] is None and none["tasks"][RECALL]["token"] is None and not none["file"]
+    assert "missing" in none["said"] and none["counts"]["of_other_options"] == 22
+    fake.accuracy = lambda c: 0.5
+    assert score(mad(tmp_path))["counts"]["failed"] == 0 and not error.exists()
+
+
+def test_key_of_a_run(monkeypatch):
+    base = train.TrainConfig()
+    key = train.run_key(base)
+    assert key == train.run_key(dataclasses.replace(base, out="elsewhere", name="x"))
+    for change in (dict(lr=5e-4), dict(seed=1), dict(num_train=6400), dict(layers="swiglu"),
+                   dict(task=COPYING), dict(early_stop=2.0)):
+        assert train.run_key(dataclasses.replace(base, **change)) != key, change
+    monkeypatch.setitem(tasks.BASELINES, RECALL, setting(RECALL, num_test=64))
+    assert train.run_key(base) != key
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "code_version", lambda: "other")
+    assert train.run_key(base) != key
+    source = Path(train.__file__).read_text()
+    same = source.replace('"""One run, ', '"""A run, ').replace("# file systems", "# some systems")
+    assert same != source and train.meaning(same) == train.meaning(source)
+    other = source.replace("LOG_EVERY, SAVE_SECONDS = 10", "LOG_EVERY, SAVE_SECONDS = 11")
+    assert other != source and train.meaning(other) != train.meaning(source)
+
+
+def test_results_of_other_code_are_not_reused(fake, tmp_path, monkeypatch):
+    score(mad(tmp_path))
+    monkeypatch.setattr(train, "code_version", lambda: "other")
+    got = score(mad(tmp_path))
+    assert got["counts"] | dict(reused=0, trained=24, of_other_code=24) == got["counts"]
+    assert "24 results of other code" in got["said"]
+
+
+def test_mad_mistakes(tmp_path, monkeypatch):
+    for args, message in [(["--preset", "quik"], "did you mean quick"),
+                          (["--tasks", "compresion"], "did you mean compression"),
+                          (["--arch", "mambo"], "Did you mean mamba"),
+                          (["--workers", "0"], "at least 1"), (["--lr", "0.1"], "option is '--lr'"),
+                          (["--device", "tpu9"], "try --device cpu"),
+                          (["--dim", "20"], "divide"), (["--select", "first"], "best-loss")]:
+        with pytest.raises(ValueError, match=message):
+            train.run_and_report(["--task", "mad", "--out", str(tmp_path), *args])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun has started 2"):
+        train.run_and_report(["--task=mad", "--out", str(tmp_path), "--workers", "2"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="only selective-copying"):
+        train.TrainConfig(num_tokens_to_copy=8)
+
+
+# train.py with the preset GRID24, which notes each run that it trains, and pauses before it.
+PROGRAM = """
+import sys; sys.path.insert(0, {here!r})
+import time, tasks, train
+from dataclasses import replace
+for task in tasks.TASKS:
+    tasks.BASELINES[task] = replace(tasks.BASELINES[task], num_test=64)
+train.PRESETS["tiny"] = train.Preset(
+    settings=tuple((replace(s, num_train=128), 4) for s in tasks.BASELINES.values()), epochs=None,
+    batch_size=32, lrs=(1e-4, 1e-3), weight_decays=(0.0, 0.1), eval_every=2)
+go = train.Run.go
+def noted(run):
+    with open({log!r}, "a") as file:
+        file.write(run.folder.name + "\\n")
+    time.sleep({pause})
+    return go(run)
+train.Run.go = noted
+if __name__ == "__main__":
+    sys.exit(train.main())
+"""
+GRID_ARGS = ["--task", "mad", "--preset", "tiny", "--layers", "swiglu", "--dim", "16",
+             "--compile", "off", "--device", "cpu", "--dtype", "float32"]
+
+
+def program(tmp_path, args=GRID_ARGS, pause=0.0, **env):
+    path = tmp_path / f"program{pause}.py"
+    path.write_text(PROGRAM.format(here=str(HERE), log=str(tmp_path / "log"), pause=pause))
+    return subprocess.Popen([sys.executable, str(path), *args], cwd=tmp_path, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def noted(tmp_path, at_least=0):
+    """Names of the runs begun so far; waits until there are so many."""
+    for _ in range(600):
+        names = (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
+        if len(names) >= at_least:
+            return names
+        time.sleep(0.1)
+    raise TimeoutError(f"{len(names)} runs begun in a minute")
+
+
+def test_four_processes_share_a_grid(tmp_path):
+    """Two of torchrun, and two more that know nothing of these: each run is done exactly once."""
+    both = [program(tmp_path, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    both += [program(tmp_path), program(tmp_path)]
+    ends = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0] * 4, ends
+    assert len(noted(tmp_path)) == 24 == len(set(noted(tmp_path)))
+    assert "MAD score" in ends[0][0] and not ends[1][0] and "24/24" in ends[0][1]
+    (file,) = (tmp_path / "results" / "mad" / "tiny").iterdir()
+    runs = [r for s in json.loads(file.read_text())["settings"] for r in s["runs"]]
+    assert {r["folder"] for r in runs} == set(noted(tmp_path))
+    for r in runs:
+        result = json.loads((tmp_path / "out/mad/swiglu" / r["folder"] / "result.json").read_text())
+        assert (r["token"], r["macro"]) == (result["test_accuracy"], result["macro_accuracy"])
+    assert not list(tmp_path.glob("out/mad/*/*/lock"))
+
+
+def test_workers_that_are_killed_and_stopped(tmp_path):
+    """kill -9 of a worker: the others take its run over. SIGTERM: all stop; what is done stays."""
+    first = program(tmp_path, [*GRID_ARGS, "--workers", "2"], 0.5)
+    noted(tmp_path, 2)
+    lock = next(tmp_path.glob("out/mad/*/*/lock"))
+    killed = json.loads(lock.read_text())["pid"]
+    os.kill(killed, signal.SIGKILL)
+    noted(tmp_path, 6)
+    first.terminate()
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM and not out
+    assert "the same command goes on" in err and "Traceback" not in err
+    done = len(list(tmp_path.glob("out/mad/*/*/result.json")))
+    assert 3 <= done < 24
+    second = program(tmp_path)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0 and f"24: {done} reused, {24 - done} trained" in out, err
+    assert not list(tmp_path.glob("out/mad/*/*/lock"))
+
+
+def test_locks(tmp_path):
+    folder, lock = tmp_path / "a" / "b", tmp_path / "a" / "b" / "lock"
+    with train.claim(folder):
+        mine = json.loads(lock.read_text())
+        assert mine["pid"] == os.getpid()
+        with pytest.raises(train.InUse, match=f"b is in use by process {os.getpid()} on "):
+            train.claim(folder).__enter__()
+    assert not (tmp_path / "a").exists()                 # nothing was put there
+    folder.mkdir(parents=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stale = [dict(mine, pid=dead.pid), dict(mine, started="1")]      # the second: a pid used again
+    for holder in stale if mine["started"] else stale[:1]:
+        lock.write_text(json.dumps(holder))
+        with train.claim(folder):
+            assert json.loads(lock.read_text()) == mine
+    lock.write_text("")                                  # in the making, or of a process long dead
+    with pytest.raises(train.InUse):
+        train.claim(folder).__enter__()
+    os.utime(lock, (0, 0))
+    with train.claim(folder):
+        pass
+    lock.write_text(json.dumps(dict(mine, host="elsewhere", pid=dead.pid)))
+    with pytest.raises(train.InUse, match=f"{dead.pid} on elsewhere.*delete"):
+        train.claim(folder).__enter__()
+    train.remove_stale(lock, stale[0])                   # taken over meanwhile: it is put back
+    assert json.loads(lock.read_text())["host"] == "elsewhere"
+    assert [p.name for p in folder.iterdir()] == ["lock"]
+
+
+def test_many_processes_take_a_stale_lock_over_once(tmp_path):
+    (tmp_path / "lock").write_text(json.dumps(dict(host=platform.node(), pid=2 ** 30, started="1")))
+    code = "\n".join([f"import pathlib, sys; sys.path.insert(0, {str(HERE)!r}); import train",
+                      "print('ready', flush=True); input()",
+                      f"try:\n with train.claim(pathlib.Path({str(tmp_path)!r})):",
+                      "  print('mine', flush=True); input()",
+                      "except train.InUse:\n print('refused')"])
+    some = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True,
+                             stdout=subprocess.PIPE) for _ in range(3)]
+    assert all(p.stdout.readline() == "ready\n" for p in some)
+    for p in some:
+        p.stdin.write("\n")
+        p.stdin.flush()
+    assert sorted(p.stdout.readline() for p in some) == ["mine\n", "refused\n", "refused\n"]
+    for p in some:
+        p.communicate("\n", timeout=30)
+
+
+def test_a_run_in_use_is_refused(tmp_path):
+    config = small(tmp_path / "out", num_train=128, steps=2)
+    folder, _ = train.find_folder(config)
+    with train.claim(folder):
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*--name"):
+            train.train(config, quiet)
+    assert train.train(config, quiet)["steps"] == 2
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.skipif(
+    train.has_compiler() is None, reason="torch.compile on a CPU needs g++"))])
+def test_runs_that_share_a_model_equal_lone_ones(compiled, tmp_path, monkeypatch):
+    compilations, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile",
+                        lambda *a, **k: compilations.append(1) or compile_(*a, **k))
+    shared, made = train.Shared(), {}
+    for with_ in (shared, None):
+        for lr, T in [(1e-3, 32), (1e-2, 32)] + [(1e-2, 16)] * (compiled == "off"):
+            config = small(tmp_path / str(with_ is None), layers="swiglu", dim=16, steps=4, lr=lr,
+                           seq_len=T, num_train=128, compile=compiled)
+            folder = train.train(config, quiet, with_)["folder"]
+            made.setdefault((lr, T), []).append(
+                torch.load(Path(folder) / "ckpt.pt", weights_only=True)["model"])
+        if with_:
+            assert len(compilations) == (compiled == "on")
+    for a, b in made.values():
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_mad_table_shows_what_is_recorded(fake, tmp_path, capsys):
+    arch = ("transformer", "hyena", "mamba")             # published means 74.5, 66.0, 69.3
+    for i, a in enumerate(arch):
+        for seed in (0, 1):
+            fake.accuracy = lambda c: (0.8, 0.6, 0.7)[i] + 0.02 * seed + 0.1 * (c.task == COPYING)
+            score(mad(tmp_path, arch=a, layers=None, dim=32, dtype="auto", seed=seed))
+    folder = tmp_path / "results" / "tiny"
+    assert {p.name for p in folder.iterdir()} >= {"mamba_seed1_dim=32.json"} and \
+        len(list(folder.iterdir())) == 6
+    for path in folder.iterdir():                        # as if of the paper's width
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | dict(options={})))
+    assert scaling.main(["table", "--mad", str(folder)]) is None
+    out = capsys.readouterr().out
+    rows = {r.split("|")[1].strip(): [x.strip() for x in r.split("|")[2:-1]]
+            for r in out.splitlines() if r.startswith("|")}
+    assert list(rows)[2:] == ["transformer", "*paper*", "mamba", "*rerun*", "hyena"]
+    fuzzy, copying, mean = (rows["hyena"][i] for i in (1, 5, 6))
+    assert (fuzzy, copying) == ("30.5 ±0.5", "35.5 ±0.5")              # macro: half of 0.61, 0.71
+    records = [json.loads(p.read_text()) for p in folder.glob("hyena*")]
+    assert mean == f"{100 * np.mean([r['macro_mean'] for r in records]):.1f} ±0.5"
+    assert rows["hyena"][7] == f"{100 * np.mean([r['mean'] for r in records]):.1f} ±1.0"
+    assert rows["hyena"][-1] == f"{records[0]['parameters']:,}"
+    assert "1.00, n = 3, permutation p = 0.33" in out
+    assert scaling.read_scores(folder) == {a: scaling.mad_mean(scaling.read_records(folder)[a])
+                                           for a in arch}
+    with pytest.raises(scaling.FitError, match="train.py --task mad"):
+        scaling.read_records(tmp_path)
 
 
 # =================================================================================================

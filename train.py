@@ -1576,6 +1576,7 @@ class Grid:
             if idle and (left := self.open_runs()):
                 show(f"waiting for {len(left)} that others are at: {folder_of(left[0])}/lock")
                 time.sleep(1)
+        show()
 
     def steps_like(self, run):
         """Steps of all open runs of a run's shape."""
