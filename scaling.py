@@ -1273,9 +1273,6 @@ def sweep(runs, configs, path):
 # -------------------------------------------------------------------------------------------------
 # A plan: the same runs at the paper's budgets, priced
 
-CARDS = {       # dense bfloat16 FLOP/s with float32 sums, and GB; NVIDIA's data sheets
-    "A100": (312e12, 80), "H100": (989e12, 80), "H200": (989e12, 141), "RTX4090": (165e12, 24)}
-
 
 def memory(run, context, vocab_size):
     """
@@ -1290,7 +1287,7 @@ def memory(run, context, vocab_size):
 
 def show_plan(runs, context, vocab_size, card, utilisation):
     """The plan as lines of text."""
-    peak, room = CARDS[card]
+    peak, room = train.CARDS[card]
     hours = lambda C: C / (peak * utilisation) / 3600
     lines = [f"{'architecture':<22}{'budget':>8}{'width':>7}{'blocks':>7}{'N, M':>9}{'all, M':>9}"
              f"{'tokens, B':>11}{'batch':>7}{'steps':>9}{'FLOPs':>11}{'GB':>7}{'hours':>8}"]
@@ -1464,7 +1461,7 @@ def _sweep_commands(commands):
     add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
                    ARCHS_HELP)
     _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
-    add("--card", choices=CARDS, default="H100", help="one of them (default H100)")
+    add("--card", choices=train.CARDS, default="H100", help="one of them (default H100)")
     add("--utilisation", type=positive, default=0.4,
         help="of its peak in bfloat16, a guess until measured (default 0.4)")
 

@@ -1253,12 +1253,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def catching_signals(run):
-    """The first Ctrl-C or SIGTERM ends the run after the step under way; the second at once."""
-    def stop(number, _):
-        if run.asked_to_stop:
-            raise KeyboardInterrupt
-        run.asked_to_stop = number            # becomes run.signal when all processes know of it
+def on_signals(stop):
+    """stop(number, frame) at Ctrl-C and SIGTERM, where Python lets one: in the main thread."""
     main = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if main}
     try:
@@ -1266,6 +1262,15 @@ def catching_signals(run):
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+
+def catching_signals(run):
+    """The first Ctrl-C or SIGTERM ends the run after the step under way; the second at once."""
+    def stop(number, _):
+        if run.asked_to_stop:
+            raise KeyboardInterrupt
+        run.asked_to_stop = number            # becomes run.signal when all processes know of it
+    return on_signals(stop)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1679,18 +1684,11 @@ def why_not_recorded(grid, record):
 # -- processes -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
 def raising_on_signals():
     """Interrupted at Ctrl-C and SIGTERM, but while a run trains, which then saves and raises it."""
     def stop(number, _):
         raise Interrupted(None, number)
-    main = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    return on_signals(stop)
 
 
 def work_for_parent(grid, worker, workers, threads):
@@ -1819,15 +1817,16 @@ def mad_summary(grid, record, ended):
 # How fast: `python train.py --benchmark`
 # =================================================================================================
 
-# Dense bfloat16 FLOPs a second in the makers' data sheets, by a part of torch's name for the card.
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12,
-         "RTX 3090": 71e12}
+# Dense bfloat16 FLOPs a second (sums in float32) and GB of memory, from NVIDIA's data sheets; the
+# key is a part of torch's name for the card.
+CARDS = {"A100": (312e12, 80), "H100": (989e12, 80), "H200": (989e12, 141), "L40S": (362e12, 48),
+         "RTX 4090": (165e12, 24), "RTX 3090": (71e12, 24)}
 
 
 def peak_flops(device):
     """Of this card, or None where the table does not have it (every CPU)."""
     name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((flops for part, flops in PEAKS.items() if part in name), None)
+    return next((flops for part, (flops, _) in CARDS.items() if part in name), None)
 
 
 def benchmark_runs(config, device):
