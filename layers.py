@@ -1336,17 +1336,29 @@ LAYERS = {
 }
 
 
-def build_layer(name, dim, max_len, **overrides):
+def check_setting(name, key, value, default):
+    """A setting is of its default's kind; one whose default is None takes a whole number too."""
+    if value is default:
+        return
+    whole = default is None or isinstance(default, int)
+    if whole and (type(value) is not int or not 1 <= value <= 1 << 20):
+        raise ValueError(f"{name}({key}={value!r}): permitted: a whole number, 1 to {1 << 20}")
+    if isinstance(default, str) and not isinstance(value, str):
+        raise ValueError(f"{name}({key}={value!r}): permitted: a word, such as {default}")
+
+
+def build_layer(name, dim, max_len, /, **overrides):
     """The layer of that name in LAYERS, with its MAD settings or the given ones instead."""
     if name not in LAYERS:
         close = difflib.get_close_matches(name, LAYERS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown layer {name!r}{hint} The layers are: {', '.join(LAYERS)}")
     cls, settings = LAYERS[name]
-    allowed = list(inspect.signature(cls.__init__).parameters)[3:]
-    for key in overrides:
+    allowed = dict(list(inspect.signature(cls.__init__).parameters.items())[3:])
+    for key, value in overrides.items():
         if key not in allowed:
             raise ValueError(f"{name} has no setting {key!r}; it has: {', '.join(allowed)}")
+        check_setting(name, key, value, allowed[key].default)
     return cls(dim, max_len, **{**settings, **overrides})
 
 
@@ -1368,18 +1380,18 @@ def mixing(layer, x):
     return torch.stack(rows)
 
 
-def darkness(matrix, decades=5):
-    """From 0 to 1 on a logarithmic scale: 1 the largest entry, 0 what is 100,000 times smaller."""
+def darkness(matrix, decades):
+    """From 1, the largest entry, to 0, what is 10^decades times smaller, on a log scale."""
     return (1 + (matrix / matrix.max().clamp(min=1e-30)).log10() / decades).clamp(min=0)
 
 
-def draw(matrix, shades=" .:-=+*#%@"):
+def draw(matrix, decades=5, shades=" .:-=+*#%@"):
     """The matrix as text: a row a line, two characters an entry."""
-    level = darkness(matrix) * (len(shades) - 1)
+    level = darkness(matrix, decades) * (len(shades) - 1)
     return "\n".join("".join(2 * shades[i] for i in row).rstrip() for row in level.ceil().int())
 
 
-def plot_mixing(pictures, path):
+def plot_mixing(pictures, path, decades=5):
     """{title: (T, T)} side by side in one PNG. ValueError if matplotlib isn't installed."""
     try:
         import matplotlib
@@ -1395,24 +1407,29 @@ def plot_mixing(pictures, path):
         ax.axis("off")
     for ax, (title, matrix) in zip(axes.flat, pictures.items()):
         ax.axis("on")
-        ax.imshow(darkness(matrix).tolist(), cmap="Greys", vmin=0, vmax=1)
+        ax.imshow(darkness(matrix, decades).tolist(), cmap="Greys", vmin=0, vmax=1)
         ax.set_title(title, fontsize=9)
         ax.set(xticks=[], yticks=[], xlabel="input s", ylabel="output t")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
+def present(pictures, plot, decades=5):
+    """{title: (T, T)} in the terminal, or in the PNG `plot`."""
+    if plot:
+        plot_mixing(pictures, plot, decades)
+        return print(f"drawn in {plot}")
+    for title, matrix in pictures.items():
+        print(f"{title}: rows are outputs t, columns inputs s\n{draw(matrix, decades)}\n")
+
+
 def show(names, plot, T=48, D=128):
-    """Layers as they are at init, on one sequence of noise: drawn here, or into the PNG `plot`."""
+    """Layers as they are at init, on one sequence of noise."""
     pictures = {}
     for name in names:
         torch.manual_seed(0)
         pictures[name] = mixing(build_layer(name, D, T), torch.randn(1, T, D))
-    if plot:
-        plot_mixing(pictures, plot)
-        return print(f"drawn in {plot}")
-    for name, matrix in pictures.items():
-        print(f"{name}: rows are outputs t, columns inputs s, both 0 to {T - 1}\n{draw(matrix)}\n")
+    present(pictures, plot)
 
 
 # =================================================================================================

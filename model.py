@@ -98,7 +98,7 @@ def parse_pattern(pattern):
                 raise ValueError(f"layer {part!r}: write settings as name(key=value,key=value)")
             try:
                 settings[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
                 settings[key] = value                     # a bare word, as in filter=modal
         layers.append((name, settings))
     if not layers:

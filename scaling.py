@@ -4,8 +4,8 @@ What small runs say about large ones: scaling laws fitted to a table of training
 A run is a row of a CSV: N, D, loss, and optionally C, arch, state. From runs at a few budgets this
 file finds the best size for each budget, the law that the loss follows, how far to trust both, and
 whether MAD scores rank architectures as their compute-optimal losses do (section 4 of the MAD
-paper, arXiv 2403.17844). It needs numpy alone, and matplotlib to plot. Its letters (in the other
-files some mean other things):
+paper, arXiv 2403.17844). It also trains such runs on text, at any budget, or prices them. Its
+letters (in the other files some mean other things):
 
   N  parameters                     L  loss, nats a token    a, b   N* ~ C^a, D* ~ C^b
   D  training tokens                P  perplexity, exp(L)    E, A, B, alpha, beta:
@@ -24,6 +24,11 @@ Three ways to the optimum, since each fails in its own manner:
 Intervals are 95% bootstrap percentiles over resampled runs. What the runs cannot tell is refused
 (FitError) or flagged: read the flags before the numbers.
 
+  python scaling.py sweep --archs transformer,hybrid --budgets 1e12,3e12,1e13,3e13
+                                                           trains such runs into out/sweep/runs.csv
+  python scaling.py sweep --archs mh-hyena@0,mh-hyena@25,transformer --budgets 1e13
+                                                           ratios of attention, at the same shapes
+  python scaling.py plan --budgets 4e18,8e19 --card H100   what the paper's budgets would take
   python scaling.py fit runs.csv                           a report: 3 s for 20 runs, 13 s for 240
   python scaling.py fit runs.csv --json --target 1e21      the same as one JSON object
   python scaling.py table --mad results/mad/quick          MAD scores beside the published ones
@@ -31,7 +36,9 @@ Intervals are 95% bootstrap percentiles over resampled runs. What the runs canno
   python scaling.py plot runs.csv --out scaling.png
 """
 import argparse
+import contextlib
 import csv
+import io
 import itertools
 import json
 import sys
@@ -39,6 +46,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
+
+import tasks
+import train
+from layers import LAYERS, Attention
+from model import Model, find_pattern
 
 HUBER = 1e-3          # residuals of log L beyond it count linearly, not squared (Hoffmann et al.)
 LAW = ("E", "A", "B", "alpha", "beta")
@@ -970,7 +984,7 @@ def read_scores(path):
             data = json.load(file)
         rows = data.items() if isinstance(data, dict) else [(r["arch"], r) for r in data]
         return {arch: float(v["mean"] if isinstance(v, dict) else v) for arch, v in rows}
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise FitError(f"{path}: no scores by arch ({type(error).__name__}: {error})") from None
 
 
@@ -1088,6 +1102,214 @@ def plot(archs, out, scores=None):
 
 
 # -------------------------------------------------------------------------------------------------
+# Runs to fit: IsoFLOP groups of language models. The rules are ours where no source stands.
+
+# Width and blocks (of a mixer and a channel mixer, about 12 width^2 parameters), 6 thousand to 6.4
+# billion parameters without embeddings. Heads of every layer divide these widths.
+SHAPES = [(width, blocks) for blocks, widths in {
+    2: [16, 24, 32, 40, *range(48, 129, 16)], 4: range(96, 193, 16), 6: range(176, 257, 16),
+    8: range(256, 385, 32),
+    12: [352, 384, *range(448, 769, 64)], 16: range(768, 1025, 64),
+    24: [960, 1024, *range(1152, 1793, 128), 2048],
+    32: [*range(2048, 3073, 256), 3584, 4096]}.items() for width in widths]
+LEAST_STEPS = 50
+ATTENTION = {"0": 0, "8.3": 12, "25": 4, "50": 2, "100": 1}       # % of blocks: one in how many
+# Tokens a step, from a budget on: the paper's, as recalled, not checked (mad.md, section 4).
+BATCHES = {4e18: 2 ** 17, 2e19: 2 ** 18, 8e19: 2 ** 19}
+
+
+def batch_tokens(C):
+    """Tokens a step: BATCHES, and below them a power of two, 2048 at 1e12, growing as C^(1/3)."""
+    recalled = [tokens for budget, tokens in BATCHES.items() if C >= budget * 0.999]
+    small = 2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3)))
+    return recalled[-1] if recalled else min(small, 2 ** 17)
+
+
+def family(arch):
+    """The pattern that "hybrid" or "mh-hyena@25" (25% attention) repeats, and its blocks."""
+    name, at, percent = arch.partition("@")
+    try:
+        words = find_pattern(name).split()
+    except ValueError as error:
+        raise FitError(str(error)) from None
+    if not at:
+        return " ".join(words), 2
+    if percent not in ATTENTION or words[0] in ("attention", "mh-attention"):
+        raise FitError(f"architecture {arch!r}: write MIXER@PERCENT, a mixer other than attention, "
+                       f"and attention in {', '.join(ATTENTION)}% of the blocks")
+    every, channel = ATTENTION[percent], words[1] if words[1] == "moe-mlp" else "swiglu"
+    striped = words[:2] * (every - 1) + ["mh-attention", channel]
+    return (" ".join(striped), every) if every else (" ".join(words[:2]), 1)
+
+
+def at_width(pattern, width):
+    """
+    MAD's settings are for width 128. Here experts' widths and Mamba's rank grow with the width, and
+    heads keep theirs, 8 or 16; attention's have 16 or a few more, 64 from width 512, 128 from 2048.
+    """
+    def sized(name):
+        cls, settings = LAYERS[name]
+        grown = {k: v * width // 128 for k, v in settings.items()
+                 if k in ("heads", "width", "dt_rank") and v > 1}
+        if cls is Attention and grown:
+            grown["heads"] = width // (16 if width < 512 else 64 if width < 2048 else 128)
+        return name + f"({','.join(f'{k}={v}' for k, v in grown.items())})" * bool(grown)
+    return " ".join(map(sized, pattern.split()))
+
+
+def choose_shapes(best, count, period):
+    """`count` shapes, evenly from best / 4 to 4 best parameters, depth a multiple of `period`."""
+    shapes = {(width, -(-blocks // period) * period) for width, blocks in SHAPES}
+    off = lambda shape, goal: abs(np.log(12 * shape[1] * shape[0] ** 2 / goal))
+    chosen = []
+    for goal in np.geomspace(best / 4, 4 * best, count):
+        chosen.append(min(sorted(shapes), key=lambda shape: off(shape, goal)))
+        shapes.remove(chosen[-1])
+    return sorted(chosen, key=lambda shape: shape[1] * shape[0] ** 2)
+
+
+def price(pattern, width, context, vocab_size):
+    """Parameters, state and training FLOPs a token of a model, built without its numbers."""
+    with torch.device("meta"):
+        model = Model(pattern, vocab_size, width, context)
+    count = sum(p.numel() for p in model.parameters())
+    unembed, blocks = model.unembed.weight.numel(), [block.layer for block in model.blocks]
+    forward = sum(layer.flops(context) for layer in blocks) / context + 2 * unembed
+    return dict(N=count - unembed - model.embed.weight.numel(), N_total=count,
+                state=sum(layer.nominal(context) for layer in blocks), token_flops=3 * forward)
+
+
+def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parameter=20.0,
+                 seed=0):
+    """
+    The runs of a sweep, a dict each, budget by budget; those of fewer than 50 steps are left out.
+
+    Sizes: around N* = sqrt(C / (6 tokens_per_parameter)), the same shapes for all architectures.
+    That ratio is about 20 at scale (Hoffmann et al. 2022), and more in small runs, which are short
+    of steps: 66 for the transformer on bytes at 1e12 FLOPs, by these rules, one seed.
+    Steps: what the budget buys by the model's own count of FLOPs, unembedding included. Learning
+    rate: 0.003 at width 64, falling with its square root, untuned. Returns runs, left out.
+    """
+    families = {arch: family(arch) for arch in archs}
+    period = int(np.lcm.reduce([2, *(blocks for _, blocks in families.values())]))
+    runs = []
+    for budget, (arch, (unit, blocks)) in itertools.product(sorted(budgets), families.items()):
+        best = (budget / 6 / tokens_per_parameter) ** 0.5
+        batch = max(1, batch_tokens(budget) // context)               # sequences
+        for width, depth in choose_shapes(best, sizes, period):
+            pattern = at_width(" ".join([unit] * (depth // blocks)), width)
+            run = price(pattern, width, context, vocab_size)
+            flops = run.pop("token_flops") * batch * context          # of a step
+            steps = round(budget / flops)
+            runs.append(dict(arch=arch, **run, D=steps * batch * context, C=steps * flops,
+                             budget=budget, width=width, depth=depth, batch=batch,
+                             lr=round(3e-3 * (width / 64) ** -0.5, 6), steps=steps, seed=seed,
+                             pattern=pattern))
+    return [[r for r in runs if (r["steps"] >= LEAST_STEPS) == kept] for kept in (True, False)]
+
+
+def configuration(run, out, data, tokenizer, context):
+    """The run for train.py: 5% warmup, cosine to a tenth, AdamW (0.9, 0.95), decay 0.1, clip 1."""
+    name = f"{run['arch']}_{run['budget']:.4g}_{run['width']}x{run['depth']}_seed{run['seed']}"
+    return train.TrainConfig(
+        task="text", layers=run["pattern"], dim=run["width"], context=context, name=name, out=out,
+        batch_size=run["batch"], steps=run["steps"], lr=run["lr"], min_lr=run["lr"] / 10,
+        warmup=max(1, run["steps"] // 20), clip=1.0, beta2=0.95, weight_decay=0.1, data=data,
+        tokenizer=tokenizer, eval_every=run["steps"], seed=run["seed"])
+
+
+CSV_COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr "
+               "steps seed epochs").split()
+KEY = ("arch", "budget", "width", "depth", "seed")                   # what tells two runs apart
+
+
+def write_runs(path, runs, earlier):
+    """The CSV anew: `runs`, after the rows of earlier sweeps that are not of the same runs."""
+    done = {tuple(str(run[k]) for k in KEY) for run in runs}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([row for row in earlier if tuple(row[k] for k in KEY) not in done] + runs)
+    train.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def epochs(run, result):
+    """How often the run has read its corpus."""
+    return result and round(run["D"] / result["corpus"]["training_tokens"], 4) or None
+
+
+@contextlib.contextmanager
+def silent_bars():
+    """A sweep has one bar of its own: those of its runs are off."""
+    before, train.tqdm = train.tqdm, lambda **options: tqdm(**options | dict(disable=True))
+    try:
+        yield
+    finally:
+        train.tqdm = before
+
+
+def sweep(runs, configs, path):
+    """
+    Train what isn't trained yet; the CSV at `path` is rewritten after every run. A run that fails
+    has no loss in it, and is tried again next time. Returns how many failed.
+    """
+    earlier, failed = read_csv(path, CSV_COLUMNS) if path.exists() else [], 0
+    with silent_bars(), tqdm(total=sum(r["C"] for r in runs), unit="FLOP", unit_scale=True) as bar:
+        for i, (run, config) in enumerate(zip(runs, configs), 1):
+            bar.set_description(config.name)
+            try:
+                result = train.train(config, say=lambda line: None)
+            except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+                bar.write(f"failed: {config.name}: {' '.join(str(error).split())[:300]}",
+                          file=sys.stderr)
+                result, failed = {}, failed + 1
+            run |= dict(loss=result.get("val_loss"), bits_per_byte=result.get("bits_per_byte"),
+                        seconds=result.get("wall_s"), epochs=epochs(run, result))
+            write_runs(path, runs[:i], earlier)
+            bar.update(run["C"])
+    return failed
+
+
+# -------------------------------------------------------------------------------------------------
+# A plan: the same runs at the paper's budgets, priced
+
+CARDS = {       # dense bfloat16 FLOP/s with float32 sums, and GB; NVIDIA's data sheets
+    "A100": (312e12, 80), "H100": (989e12, 80), "H200": (989e12, 141), "RTX4090": (165e12, 24)}
+
+
+def memory(run, context, vocab_size):
+    """
+    GB to train with one sequence at a time (accumulating the rest): 16 bytes a parameter (float32
+    weights, gradients, two moments of Adam); 34 a token, channel and block of activations in
+    bfloat16 (Korthikanti et al. 2022, equation 2 without the T x T scores, which a fused attention
+    doesn't keep; for other mixers a guess); 10 a token and word of logits.
+    """
+    activations = 34 * context * run["width"] * run["depth"]
+    return (16 * run["N_total"] + activations + 10 * context * vocab_size) / 1e9
+
+
+def show_plan(runs, context, vocab_size, card, utilisation):
+    """The plan as lines of text."""
+    peak, room = CARDS[card]
+    hours = lambda C: C / (peak * utilisation) / 3600
+    lines = [f"{'architecture':<22}{'budget':>8}{'width':>7}{'blocks':>7}{'N, M':>9}{'all, M':>9}"
+             f"{'tokens, B':>11}{'batch':>7}{'steps':>9}{'FLOPs':>11}{'GB':>7}{'hours':>8}"]
+    for r in runs:
+        GB = memory(r, context, vocab_size)
+        lines.append(f"{r['arch']:<22}{r['budget']:>8.0e}{r['width']:>7}{r['depth']:>7}"
+                     f"{r['N'] / 1e6:>9,.1f}{r['N_total'] / 1e6:>9,.1f}{r['D'] / 1e9:>11,.2f}"
+                     f"{r['batch']:>7,}{r['steps']:>9,}{r['C']:>11.3e}"
+                     f"{GB:>6,.1f}{'!' if GB > room else ' '}{hours(r['C']):>8,.1f}")
+    whole = sum(r["C"] for r in runs)
+    return "\n".join(lines + [
+        f"{len(runs)} runs, {whole:.3e} FLOPs, {hours(whole):,.0f} hours of one {card} at "
+        f"{100 * utilisation:g}% of {peak / 1e12:g} TFLOP/s (a guess: measure yours)",
+        f"context {context}, vocabulary {vocab_size:,}; N without embeddings; batch: sequences a "
+        f"step; GB: one sequence at a time, ! = more than the {room} GB of one {card}",
+        "batch in tokens from 4e18 on: the paper's as recalled, not checked"])
+
+
+# -------------------------------------------------------------------------------------------------
 # Commands
 
 
@@ -1130,6 +1352,57 @@ def run_plot(args):
     plot(read_runs(args.runs), args.out, args.mad and read_scores(args.mad))
 
 
+def run_sweep(args):
+    vocab_size = readable(tasks.vocab_size, args.tokenizer)
+    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
+                                  args.tokens_per_parameter, args.seed)
+    say_left_out(left_out, runs)
+    readable(tasks.load_tokens, args.data, args.tokenizer)           # tokenised once, or refused
+    configs = [readable(configuration, run, args.out, args.data, args.tokenizer, args.context)
+               for run in runs]
+    for config in configs:
+        readable(train.find_folder, config)                          # no folder holds another run
+    path = Path(args.csv or Path(args.out) / "runs.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        failed = sweep(runs, configs, path)
+    except train.Interrupted as stop:
+        print(f"{stop.args[0]}; finished runs, if any, are in {path}", file=sys.stderr)
+        return 128 + stop.args[1]
+    except KeyboardInterrupt:
+        print(f"stopped at once; finished runs, if any, are in {path}", file=sys.stderr)
+        return 130
+    again = max(run["epochs"] or 0 for run in runs)
+    print(f"{len(runs) - failed} of {len(runs)} runs are in {path}"
+          + f"; some read their corpus up to {again:.1f} times" * (again > 1)
+          + f"\nnext: python scaling.py fit {path}")
+    return 1 if failed else 0
+
+
+def readable(check, *args):
+    """check(*args), a mistake of the user as a FitError."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        raise FitError(str(error).replace("--name", "--out")) from None
+
+
+def say_left_out(runs, others):
+    for run in runs:
+        print(f"left out: {run['arch']} of {run['N']:,} parameters: {run['budget']:g} FLOPs buy "
+              f"{run['steps']} steps, fewer than {LEAST_STEPS}")
+    if not others:
+        raise FitError(f"these budgets buy no run of {LEAST_STEPS} steps: raise them")
+
+
+def run_plan(args):
+    vocab_size = readable(tasks.vocab_size, args.tokenizer)
+    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
+                                  args.tokens_per_parameter)
+    say_left_out(left_out, runs)
+    print(show_plan(runs, args.context, vocab_size, args.card, args.utilisation))
+
+
 def positive(text):
     value = float(text)
     if not 0 < value < np.inf:
@@ -1141,11 +1414,59 @@ def count(text):
     return int(positive(text))
 
 
-def _command(commands, name, run, text):
+def listed(kind):
+    """Values with commas between, none of them twice."""
+    def split(text):
+        return list(dict.fromkeys(map(kind, text.split(","))))
+    split.__name__ = f"list of {kind.__name__}"                      # in argparse's message
+    return split
+
+
+def several(text):
+    if (value := count(text)) < 5:
+        raise ValueError
+    return value
+
+
+def _command(commands, name, run, text, epilog=None):
     """Add a subcommand; returns its add_argument."""
-    command = commands.add_parser(name, help=text, description=text)
+    command = commands.add_parser(name, help=text, description=text, epilog=epilog)
     command.set_defaults(run=run)
     return command.add_argument
+
+
+ARCHS_HELP = ("An architecture is a name from python model.py, or MIXER@PERCENT: mh-hyena@25 has "
+              "attention in 25% of its blocks (0, 8.3, 25, 50 or 100). All architectures of one "
+              "sweep have the same widths and depths.")
+
+
+def _isoflop_options(add, budgets, context, tokenizer, ratio):
+    """What sweep and plan have in common."""
+    add("--archs", type=listed(str), default=["transformer", "hybrid"], metavar="A,B",
+        help="architectures, with commas between (default transformer,hybrid)")
+    add("--budgets", type=listed(positive), default=listed(positive)(budgets), metavar="C,C",
+        help=f"training FLOPs of each group (default {budgets})")
+    add("--sizes", type=several, default=7, help="models a budget, at least 5 (default 7)")
+    add("--tokens-per-parameter", type=positive, default=ratio,
+        help=f"at the middle size of a group; moves all sizes (default {ratio})")
+    add("--context", type=count, default=context, help=f"tokens a sequence (default {context})")
+    add("--tokenizer", default=tokenizer, help=f"bytes or tiktoken's (default {tokenizer})")
+
+
+def _sweep_commands(commands):
+    add = _command(commands, "sweep", run_sweep, "train IsoFLOP groups into a CSV for fit; started "
+                   "again it goes on where it was stopped", ARCHS_HELP)
+    _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
+    add("--data", help="as in train.py (default: Python's standard library)")
+    add("--seed", type=int, default=0, help="of parameters and data (default 0)")
+    add("--out", default="out/sweep", help="folder of the runs' folders (default out/sweep)")
+    add("--csv", help="file of results; rows of other runs in it stay (default OUT/runs.csv)")
+    add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
+                   ARCHS_HELP)
+    _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
+    add("--card", choices=CARDS, default="H100", help="one of them (default H100)")
+    add("--utilisation", type=positive, default=0.4,
+        help="of its peak in bfloat16, a guess until measured (default 0.4)")
 
 
 def main(argv=None):
@@ -1170,9 +1491,10 @@ def main(argv=None):
     add("runs", help="CSV file of runs")
     add("--out", required=True, help="image file, .png or .pdf")
     add("--mad", help="MAD scores to draw against the losses")
+    _sweep_commands(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args)
     except (FitError, OSError) as error:
         print(f"scaling.py: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,11 @@ Protocol (Poli et al. 2024; mad.md, section 1): AdamW with betas (0.9, 0.98), co
 no warmup, no clipping, batch 128; a run may end at 99.9% test accuracy. The paper trains for 200
 epochs (--epochs 200); the default is 4, enough to see what an architecture is good for.
 
-A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt.pt, result.json.
+A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt.pt, the one before
+it while the run goes on (ckpt.previous.pt), best.pt (the parameters of the best test), result.json.
+A run stopped at any moment goes on by the same command, or by --resume FOLDER, and on a CPU ends
+with the same bytes as one that never stopped. (On a GPU, sums of atomic additions differ in the
+last bits from run to run.)
 
   B batch   T time   M vocabulary
 """
@@ -27,17 +31,18 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import platform
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -52,8 +57,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
-from layers import count_state, fastest_dtype, seconds, tune_allocator
-from model import ARCHS, Model, decayed, find_pattern, ledger, pick, show_ledger, total
+from layers import (count_state, fastest_dtype, mixing, peak_memory, present, seconds,
+                    tune_allocator)
+from model import ARCHS, Model, decayed, find_pattern, ledger, pick, show_ledger, stripe, total
 
 # =================================================================================================
 # The command line: a field is an option, its help text beside it
@@ -102,18 +108,25 @@ class TrainConfig:
     min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
     warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
     weight_decay: float = option(0.1, "of matrices only (the paper's grid: 0 0.1)", low=0.0)
-    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0)
+    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
+                          below=1.0)
     schedule: str = choice("cosine", "constant", text="learning rate over time")
     seed: int = option(0, "of parameters, data and order", low=0)
     device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
     dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products")
-    compile: str = choice("auto", "on", "off", text="torch.compile")
+    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile")
     out: str = option("out", "folder that run folders go into")
     name: str | None = option(None, "of the run's folder; the default is made from the options")
     clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
-    eval_every: int | None = option(None, "steps between tests; the default is half an epoch", low=1)
+    eval_every: int | None = option(None, "steps between tests (the default: half an epoch)", low=1)
     early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
                                of="MAD")
+    nonfinite: str = choice("stop", "skip", text="at a loss or gradient that is inf or nan: end, "
+                            "or go on without this step, for which every step is waited for")
+    detect: bool = option(False, "watch every layer, slowly, and end at the first inf or nan in "
+                          "an output or gradient", how=True)
+    resume: str | None = option(None, "folder of a run to go on with, by its own options",
+                                how=True)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -157,7 +170,7 @@ class TrainConfig:
     def changed(self):
         """[(option, value)] that are not this task's defaults, without names and folders."""
         return [(f.name.replace("_", "-"), getattr(self, f.name)) for f in dataclasses.fields(self)
-                if getattr(self, f.name) != self.default(f)
+                if getattr(self, f.name) != self.default(f) and not f.metadata.get("how")
                 and f.name not in ("arch", "layers", "task", "out", "name")]
 
 
@@ -181,6 +194,9 @@ def check_field(f, value):
         raise ValueError(f"{f.name} is {value!r}; it takes a {kind.__name__}")
     if low is not None and value < low:
         raise ValueError(f"{f.name} is {value!r}; permitted: at least {low}")
+    below = f.metadata.get("below", 1 << 31 if kind is int else None)
+    if below is not None and value >= below:
+        raise ValueError(f"{f.name} is {value!r}; permitted: below {below}")
     if "choices" in f.metadata and value not in f.metadata["choices"]:
         raise tasks.unknown(f.name, value, f.metadata["choices"])
 
@@ -212,8 +228,8 @@ def parse_args(argv=None, kind=None):
     parser = argparse.ArgumentParser(
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
-        + ". To generate text from a run: train.py --sample out/RUN -h. The MAD protocol, all "
-        "tasks in one score: train.py --task mad -h")
+        + ". Text from a run: train.py --sample out/RUN -h; its layers: --show out/RUN. The MAD protocol: train.py --task mad -h."
+        " Speed: train.py --benchmark")
     for f in dataclasses.fields(kind):
         shown = f.default is not None and f.default is not False and f.default != ""
         how = (dict(action="store_true") if field_type(f) is bool else
@@ -224,7 +240,24 @@ def parse_args(argv=None, kind=None):
     if unknown:
         valid = [o for a in parser._actions for o in a.option_strings]
         raise tasks.unknown("option", unknown[0], valid)
-    return kind(**vars(args))
+    config = kind(**vars(args))
+    return resumed(config) if getattr(config, "resume", None) is not None else config
+
+
+def resumed(config):
+    """The options of the run in the folder config.resume; config may have none of its own."""
+    fields, path = dataclasses.fields(config), Path(config.resume) / "config.json"
+    own = [f.name for f in fields if not f.metadata.get("how")
+           and getattr(config, f.name) != config.default(f)]
+    if own:
+        raise ValueError(f"--resume goes on with the options of {config.resume}: leave out "
+                         f"--{own[0].replace('_', '-')}")
+    kept = read_object(path)
+    options = {f.name: kept.pop(f.name) for f in fields if f.name in kept}
+    strange = set(kept) - {"pattern", "code", "setting", "command"}
+    if strange:
+        raise ValueError(f"{path} has {min(strange)!r}, which this code doesn't know")
+    return TrainConfig(**{**options, "resume": config.resume, "detect": config.detect})
 
 
 # =================================================================================================
@@ -236,6 +269,8 @@ def choose_device(wanted):
     """"cuda", "mps" or "cpu", and why."""
     if wanted != "auto":
         try:
+            if wanted.partition(":")[0] not in ("cuda", "mps", "cpu"):
+                raise RuntimeError("it is none of cuda, mps, cpu")
             torch.empty(1, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {wanted!r} is not to be had here: "
@@ -262,7 +297,7 @@ SAVED_BY_COMPILING, COMPILE_SECONDS = 0.4, 40
 def choose_compile(wanted, device, steps, step_seconds):
     """Whether to compile, and why. step_seconds: one uncompiled step, measured."""
     if wanted != "auto":
-        return wanted == "on", "asked for"
+        return wanted != "off", "asked for"
     if device == "mps":
         return False, "not tried on Apple GPUs"
     if device == "cpu" and not has_compiler():
@@ -549,21 +584,80 @@ def make_optimizer(model, config):
 # =================================================================================================
 
 
-def write_atomically(path, write):
-    """write(file) into a temporary neighbour, which then replaces path: never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def disk_errors(path):
+    """Says which file can't be written: a full disk's OSError has no name."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(f"{path} can't be written ({error.strerror or error}); what it held before "
+                      f"is kept. Mend that, and the same command goes on") from None
+
+
+def write_atomically(path, write, previous=None):
+    """
+    write(file) into a temporary neighbour, which then replaces path: never half a file. What path
+    held before is kept as `previous`, if that is given.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
     write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def read_object(path):
+    """The JSON object in a file. FileNotFoundError, or a ValueError of one line."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read ({error}); choose another --name or "
+                         f"--out") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; choose another --name or --out")
+    return content
+
+
+# torch.save writes a zip archive, and torch.load does not check its checksums. So the SHA-256 of
+# the archive follows it, in 64 hexadecimal digits, which readers of zip archives pass over.
+
+
+def write_checkpoint(path, content, previous=None):
+    buffer = io.BytesIO()                         # so that a full disk is an OSError, not torch's
+    torch.save(content, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest().encode()
+    write_atomically(path, lambda f: (f.write(buffer.getbuffer()), f.write(digest)), previous)
+
+
+def read_checkpoint(path, device):
+    """
+    What write_checkpoint wrote. Nothing in the file is executed: it may hold tensors, numbers,
+    strings, lists and dicts, and ValueError names a file that is damaged or holds anything else.
+    """
+    data = memoryview(path.read_bytes())
+    if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
+        raise ValueError(f"{path} is truncated or altered: it doesn't match its checksum")
+    try:
+        content = torch.load(io.BytesIO(data[:-64]), map_location=device, weights_only=True)
+    except Exception as error:                    # whatever a forged archive makes the reader throw
+        raise ValueError(f"{path} is refused: it is not a checkpoint of tensors and numbers "
+                         f"({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is refused: it holds a {type(content).__name__}, not a dict")
+    return content
 
 
 def meaning(source):
@@ -600,16 +694,15 @@ def find_folder(config):
     of another run is left alone: with a default name the run takes the next free one, with --name
     it stops. Returns (folder, note or None), makes nothing. ValueError shows the difference.
     """
+    if config.resume is not None:
+        return Path(config.resume), check_resumed(config)
     base, wanted = Path(config.out) / config.run_name, identity(config)
     for attempt in range(1, 1000):
         folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
         try:
-            found = json.loads((folder / "config.json").read_text())
+            found = read_object(folder / "config.json")
         except FileNotFoundError:
             found = None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}/config.json can't be read ({error}); choose another "
-                             f"--name or --out") from None
         if found is None or {k: v for k, v in found.items() if k != "command"} == wanted:
             break
         differ = [f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in wanted
@@ -621,9 +714,21 @@ def find_folder(config):
                     if folder != base else None)
 
 
+def check_resumed(config):
+    """ValueError unless config.resume holds this run. Returns a note if other code began it."""
+    found, wanted = read_object(Path(config.resume) / "config.json"), identity(config)
+    differ = {k: f"{k} {found[k]!r} -> {v!r}" for k, v in wanted.items()
+              if k in found and found[k] != v}
+    code = differ.pop("code", None)
+    if differ:
+        raise ValueError(f"{config.resume} holds another run ({'; '.join(differ.values())})")
+    return code and f"other code began this run ({code}): it need not end with the same numbers"
+
+
 def identity(config):
     """What determines a run's result, as JSON; where it is written does not."""
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "name")}
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+               if not f.metadata.get("how") and f.name not in ("out", "name")}
     return {**options, "pattern": config.pattern, "code": code_version(),
             "setting": dataclasses.asdict(config.setting) if config.setting else None}
 
@@ -731,6 +836,45 @@ def claim(folder):
 
 
 # =================================================================================================
+# --detect
+# =================================================================================================
+
+
+class Watch:
+    """
+    Hooks on a model that name in `found` the first number that is inf or nan: in the output of the
+    innermost module as it is computed, then in the gradients on their way back. Each waits for the
+    device.
+    """
+
+    def __init__(self, model):
+        self.found, self.layers = None, model.names
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda m, x, y, name=name: self.output(name, y))
+        for name, p in model.named_parameters():
+            p.register_post_accumulate_grad_hook(
+                lambda p, name=name: self.look(f"the gradient of {self.title(name)}", p.grad))
+
+    def title(self, name):
+        """blocks.1.layer -> blocks.1.layer (swiglu)."""
+        parts = name.split(".")
+        return f"{name} ({self.layers[int(parts[1])]})" if parts[0] == "blocks" and parts[1:] else \
+            name or "the model"
+
+    def look(self, what, tensor):
+        if self.found is None and not bool(tensor.isfinite().all()):
+            self.found = what
+
+    def output(self, name, y):
+        for t in y if isinstance(y, (tuple, list)) else (y,):
+            if isinstance(t, torch.Tensor) and t.is_floating_point():
+                self.look(f"the output of {self.title(name)}", t.detach())
+                if t.requires_grad:
+                    t.register_hook(lambda g: self.look(
+                        f"the gradient of the output of {self.title(name)}", g))
+
+
+# =================================================================================================
 # A run
 # =================================================================================================
 
@@ -767,15 +911,20 @@ class Run:
         self.started, self.step, self.train_seconds = time.perf_counter(), 0, 0.0
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
         self.asked_to_stop = 0                # the number of a signal that this process has got
+        self.skipped, self.watch = 0, None
         self.log_path = folder / "log.jsonl"
         self.choose_machine()
         self.build()
-        folder.mkdir(parents=True, exist_ok=True)     # what is wrong with the options is known now
+        self.check_disk()
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)     # the options are known to be good
         if self.ranks.rank == 0 and not (folder / "config.json").exists():
             write_json(folder / "config.json", {**identity(config),
                                                 "command": command_of(config)})
-        self.load()
+        found = self.load()
         self.ranks.check_same("the checkpoint", self.step)       # (all have read it when this ends)
+        if not found:
+            self.save()                       # shows that it can, and is what a fault goes back to
         self.choose_graph()
 
     def choose_machine(self):
@@ -811,35 +960,40 @@ class Run:
                       self.model.backbone, self.device, self.dtype)
         if self.shared:
             self.model = self.shared.model_for(self.shape, self.model)
+        self.random = torch.get_rng_state()           # training draws nothing; a new layer might
         self.optimizer, (yes, no) = make_optimizer(self.model, config)
         self.say(f"decay    {config.weight_decay} on {yes:,} parameters (matrices), 0 on {no:,} "
                  f"(norms, biases, filters, decay rates)")
 
     def choose_graph(self):
         """self.score: `scored`, compiled if that pays within the run, or runs of this shape."""
+        # It holds nothing else of this run: others of its shape may use it.
+        self.plain = plain = functools.partial(scored, self.model, self.dtype)
         if self.shared and self.shared.score:
             self.score, self.compiled = self.shared.score, self.shared.compiled
             return
-        model, dtype = self.model, self.dtype
-        def plain(tokens, targets):           # holds nothing else of this run: others may use it
-            return scored(model, dtype, tokens, targets)
+
         def one_step():
             for part in self.data.parts(self.step):
                 plain(*part)[0].backward()
             self.optimizer.zero_grad()
         left = self.shared.steps if self.shared else self.steps - self.step
-        measured = seconds(one_step, self.device, 1) if self.config.compile == "auto" and left else 0
+        wanted = "off" if self.config.detect else self.config.compile    # no layers in a graph
+        auto = wanted == "auto"
+        measured = seconds(one_step, self.device, 1) if auto and left else 0
         measured = self.ranks.largest(measured)
-        self.compiled, reason = choose_compile(self.config.compile, self.device, left, measured)
+        self.compiled, reason = choose_compile(wanted, self.device, left, measured)
         self.score = plain
         if self.compiled:
-            self.score = torch.compile(plain, dynamic=False)
+            mode = "max-autotune" if self.config.compile == "max-autotune" else None
+            self.score = torch.compile(plain, dynamic=False, mode=mode)
             try:
                 self.score(*next(iter(self.data.parts(self.step))))
             except Exception as error:            # whatever the compiler or its compiler throw
-                if self.config.compile == "on":
+                if not auto:
                     raise
-                reason = f"failed here ({type(error).__name__}: {str(error).split(chr(10))[0][:150]})"
+                why = str(error).split("\n")[0][:150]
+                reason = f"failed here ({type(error).__name__}: {why})"
                 self.score, self.compiled = plain, False
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
         if self.shared:
@@ -847,32 +1001,98 @@ class Run:
 
     # -- disk ------------------------------------------------------------------------------------
 
+    STATE = "step", "best", "metrics", "train_seconds", "skipped", "ended"
+
+    def check_disk(self):
+        """OSError if there is no room for the checkpoint, the one before it and the next."""
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        numbers = 3 * sum(p.numel() for p in self.model.parameters())    # AdamW has two of each
+        have = sum(p.stat().st_size for p in self.folder.glob("*.pt"))
+        needed, free = 3 * 4 * numbers - have, shutil.disk_usage(there).free
+        if free < needed:
+            raise OSError(f"{there} has {free / 1e6:,.1f} MB free, and this run's checkpoints need "
+                          f"{needed / 1e6:,.1f} MB: make room, or choose another --out")
+        if not os.access(there, os.W_OK):
+            raise OSError(f"{there} is not writable: choose another --out")
+
+    def check_parameters(self):
+        """Before they are saved: none is inf or nan, or so large that its square would be."""
+        parameters = [p.detach() for p in self.model.parameters()]
+        if not math.isfinite(torch.nn.utils.get_total_norm(parameters)):
+            raise self.fault("the norm of the parameters is not finite", self.step)
+
     def save(self):
+        self.check_parameters()
         if self.ranks.rank > 0:
             return
-        content = dict(step=self.step, best=self.best, metrics=self.metrics,
-                       train_seconds=self.train_seconds, log_bytes=self.log_path.stat().st_size,
+        content = dict({key: getattr(self, key) for key in self.STATE},
+                       log_bytes=self.log_path.stat().st_size, random=torch.get_rng_state(),
                        model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        write_atomically(self.folder / "ckpt.pt", lambda f: torch.save(content, f))
+        write_checkpoint(self.folder / "ckpt.pt", content, self.folder / "ckpt.previous.pt")
+
+    def keep_best(self):
+        self.check_parameters()
+        self.best = dict(self.metrics, step=self.step)
+        if self.ranks.rank == 0:
+            write_checkpoint(self.folder / "best.pt",
+                             dict(self.best, model=self.model.state_dict()))
+
+    def restore(self, path):
+        """The state of a checkpoint. ValueError if it is damaged or another run's."""
+        content = read_checkpoint(path, self.device)
+        try:
+            log_bytes = int(content["log_bytes"])
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.random = content["random"].cpu()
+            for key in self.STATE:
+                setattr(self, key, content[key])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit this run ({type(error).__name__}: "
+                             f"{' '.join(str(error).split())[:120]})") from None
+        if log_bytes > (self.log_path.stat().st_size if self.log_path.exists() else 0):
+            raise ValueError(f"{self.log_path} has lost lines that {path} was saved after")
+        return log_bytes
 
     def load(self):
-        """Go on from the folder's checkpoint, if there is one; log lines after it are dropped."""
-        path = self.folder / "ckpt.pt"
-        if not path.exists():
-            self.log_path.write_bytes(b"")
-            return
-        content = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        for key in ("step", "best", "metrics", "train_seconds"):
-            setattr(self, key, content[key])
-        with open(self.log_path, "r+b") as log:
-            log.truncate(content["log_bytes"])
-        self.say(f"resume   from step {self.step:,} of {self.steps:,} ({path})")
+        """
+        Go on from the folder's checkpoint, if there is one; log lines after it are dropped. If it
+        is damaged, from the one before it, after saying so. Returns whether there was one.
+        """
+        first = self.folder / "ckpt.pt"
+        faults = []
+        for path in (first, self.folder / "ckpt.previous.pt"):
+            if not path.exists():
+                continue
+            try:
+                log_bytes = self.restore(path)
+            except ValueError as error:
+                faults.append(str(error))
+                self.say(f"damaged  {error}")
+                continue
+            if self.ranks.rank == 0:
+                self.clean(log_bytes, first if faults else None)
+            self.say(f"resume   from step {self.step:,} of {self.steps:,} ({path})")
+            return True
+        if faults:
+            raise ValueError(f"{'; '.join(faults)}; there is no other checkpoint. To train anew, "
+                             f"move {self.folder} away or choose another --name")
+        if self.ranks.rank == 0:
+            self.clean(0, None)
+        return False
+
+    def clean(self, log_bytes, damaged):
+        """What a kill or a fault has left: half-written files, lines after the checkpoint."""
+        for half in self.folder.glob(".*.pt.*"):
+            half.unlink()
+        if damaged:                           # out of the way of the next one, not deleted
+            os.replace(damaged, damaged.with_name("ckpt.damaged.pt"))
+        with disk_errors(self.log_path), open(self.log_path, "ab") as log:
+            log.truncate(log_bytes)
 
     def log(self, **line):
         if self.ranks.rank == 0:
-            with open(self.log_path, "a") as file:
+            with disk_errors(self.log_path), open(self.log_path, "a") as file:
                 file.write(json.dumps(dict(step=self.step, **line)) + "\n")
 
     # -- the loop --------------------------------------------------------------------------------
@@ -891,7 +1111,8 @@ class Run:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
-        self.optimizer.step()
+        if self.config.nonfinite == "stop" or math.isfinite(loss + norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.signal = self.signal or int(self.ranks.largest(self.asked_to_stop)) or None
@@ -899,32 +1120,48 @@ class Run:
 
     def some_steps(self, bar):
         """Steps up to the next log line or test, then one look at the loss; less on a signal."""
-        start, tokens = time.perf_counter(), 0
+        start, tokens, seen = time.perf_counter(), 0, []
         next_one = lambda every: (self.step // every + 1) * every
         until = min(self.steps, next_one(LOG_EVERY), next_one(self.eval_every))
-        while self.step < until:
-            count, loss, norm = self.one_step()
+        while self.step < until and not self.signal:
+            count, *numbers = self.one_step()
+            seen.append(torch.stack(numbers))
             tokens += count
             bar.update()
-            if self.signal and self.step < until:
-                return
-        loss, rate = float(loss), self.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step} with learning rate "
-                                     f"{rate:.1e}; try a lower --lr")
+            if self.watch and self.watch.found:
+                raise self.fault(f"--detect has found {self.watch.found}", self.step)
+        loss, norm = self.check_steps(torch.stack(seen).tolist())
         took = time.perf_counter() - start
         self.train_seconds += took
-        self.log(loss=loss, lr=rate, gradient_norm=float(norm), tokens_per_s=round(tokens / took))
+        if self.step < until:
+            return
+        rate, count = self.optimizer.param_groups[0]["lr"], dict(skipped=self.skipped)
+        self.log(loss=loss if math.isfinite(loss) else None, lr=rate,
+                 gradient_norm=norm if math.isfinite(norm) else None,
+                 tokens_per_s=round(tokens / took),
+                 **(count if self.config.nonfinite == "skip" else {}))
         self.shown |= dict(loss=f"{loss:.4f}", lr=f"{rate:.1e}", tokens_s=f"{tokens / took:,.0f}")
+
+    def check_steps(self, numbers):
+        """numbers: (loss, gradient's norm) of the last steps, all finite or skipped. The last."""
+        for step, pair in enumerate(numbers, self.step - len(numbers) + 1):
+            if all(map(math.isfinite, pair)):
+                continue
+            if self.config.nonfinite == "stop":
+                raise self.fault("the loss is {:.4g} and the gradient's norm {:.4g}".format(*pair),
+                                 step)
+            self.skipped += 1
+        return numbers[-1]
 
     def test(self):
         if self.config.task == "text":
             return self.test_text()
         self.metrics = evaluate(self.score, self.data)
+        self.check_test(self.metrics["test_loss"])
         self.log(**self.metrics)
         accuracy = self.metrics["test_accuracy"]
-        if accuracy >= self.best.get("test_accuracy", 0.0):
-            self.best = dict(self.metrics, step=self.step)
+        if accuracy > self.best.get("test_accuracy", -1.0):
+            self.keep_best()
         self.shown |= dict(test_acc=f"{accuracy:.3f}")
         if accuracy >= self.config.early_stop:
             self.ended = (f"stopped early at {100 * self.config.early_stop:g}% test accuracy, as "
@@ -934,14 +1171,21 @@ class Run:
         """`best` may be of an earlier test, which reads fewer windows than the last one."""
         last = self.step == self.steps
         self.metrics = evaluate_text(self.score, self.data, LAST_WINDOWS if last else TEST_WINDOWS)
+        self.check_test(self.metrics["val_loss"])
         self.log(**self.metrics)
-        if self.metrics["val_loss"] <= self.best.get("val_loss", math.inf):
-            self.best = dict(self.metrics, step=self.step)
+        if self.metrics["val_loss"] < self.best.get("val_loss", math.inf):
+            self.keep_best()
         self.shown |= dict(val_loss=f"{self.metrics['val_loss']:.4f}")
+
+    def check_test(self, loss):
+        if not math.isfinite(loss):
+            raise self.fault(f"the loss of the test is {loss}", self.step)
 
     def go(self):
         """Train to the end, an early stop or a signal. Returns True unless it was a signal."""
         saved = time.perf_counter()
+        torch.set_rng_state(self.random)
+        self.watch = Watch(self.model) if self.config.detect else None
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
                   desc=self.config.layers or self.config.arch,
                   disable=self.ranks.rank > 0 or self.shared is not None) as bar, \
@@ -958,6 +1202,33 @@ class Run:
                     saved = time.perf_counter()
         return self.ended is not None
 
+    def step_flops(self):
+        """Of an optimizer step: forward, and twice that backward."""
+        return 3 * self.data.batch_size * total(ledger(self.model, self.data.length)).flops
+
+    # -- numbers that go wrong -------------------------------------------------------------------
+
+    def fault(self, what, step):
+        """A FloatingPointError that says what is wrong, at which step, rate and layer."""
+        rate = learning_rate(self.config, step - 1, self.steps)
+        if not self.watch:
+            what += f", first in {self.find_fault(step)}"
+        return FloatingPointError(
+            f"at step {step}, learning rate {rate:.1e}, {what}. {self.folder}/ckpt.pt is from "
+            f"before that; try a lower --lr, --clip 1, --dtype float32 or --nonfinite skip")
+
+    def find_fault(self, step):
+        """The steps since the checkpoint and the next one once more, watched."""
+        if not (self.folder / "ckpt.pt").exists():
+            return "the initial parameters"
+        self.restore(self.folder / "ckpt.pt")
+        self.say(f"fault    looking for its layer in steps {self.step + 1:,} to {step:,}")
+        torch.set_rng_state(self.random)
+        self.score, self.watch = self.plain, Watch(self.model)           # a graph has no layers
+        while self.step <= step and not self.watch.found:
+            self.one_step()
+        return self.watch.found or "no layer when these steps were repeated"
+
     def result(self):
         """The contents of result.json."""
         sequences = self.step * self.data.batch_size
@@ -967,11 +1238,11 @@ class Run:
             tests = [line for line in map(json.loads, log) if loss in line]
         return dict(
             **self.metrics, best=self.best, least_loss=min(tests, key=lambda line: line[loss]),
-            **self.data.facts,
-            steps=self.step, planned_steps=self.steps, ended=self.ended,
+            **self.data.facts, steps=self.step, planned_steps=self.steps, skipped=self.skipped,
+            ended=self.ended,
             tokens_per_s=round(sequences * T / self.train_seconds),
             wall_s=round(time.perf_counter() - self.started, 2),
-            train_flops=3 * sequences * total(ledger(self.model, T)).flops,
+            train_flops=self.step * self.step_flops(),
             parameters=sum(p.numel() for p in self.model.parameters()),
             config=identity(self.config), git=git_hash(),
             machine=dict(device=self.device, dtype=str(self.dtype)[6:], compiled=self.compiled,
@@ -1022,16 +1293,17 @@ def train_in(folder, config, say, shared):
     if done.exists():
         say(f"note     this run is finished; its result is shown again. To train once more, choose "
             f"another --seed or --name")
-        return json.loads(done.read_text()) | dict(folder=str(folder))
+        return read_object(done) | dict(folder=str(folder))
     run = Run(config, folder, say, shared)
     run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
     if not run.go():
         line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
-                f"command goes on from there")
+                f"command goes on from there, or --resume {shlex.quote(str(folder))}")
         raise Interrupted(line if run.ranks.rank == 0 else None, run.signal)
     result = run.result()
     if run.ranks.rank == 0:
         write_json(done, result)
+        (folder / "ckpt.previous.pt").unlink(missing_ok=True)     # the last and the best stay
     return result | dict(folder=str(folder))
 
 
@@ -1099,14 +1371,17 @@ PRESETS = {
         settings=tuple((s, None) for s in tasks.mad_settings()), epochs=200, batch_size=128,
         # Half an epoch of 12,800 sequences. Of fewer it is more, or tests would take most time.
         lrs=(1e-4, 5e-4, 1e-3), weight_decays=(0.0, 0.1), eval_every=50),
+    # One setting a task: the baseline, but for memorization, which all architectures solve there.
+    # An optimizer step is what tasks are learned in, so a small batch and a high rate cut the cost:
+    # (results/README.md has the minutes that it took.)
     "quick": Preset(
-        settings=((tasks.BASELINES["in-context-recall"], 800),
+        settings=((tasks.BASELINES["in-context-recall"], 1000),
                   (tasks.BASELINES["fuzzy-in-context-recall"], 800),
-                  (tasks.BASELINES["noisy-in-context-recall"], 800),
-                  (tasks.BASELINES["selective-copying"], 800),
-                  (tasks.BASELINES["compression"], 800),
-                  (tasks.BASELINES["memorization"], 800)),
-        epochs=None, batch_size=32, lrs=(1e-3,), weight_decays=(0.1,), eval_every=100),
+                  (tasks.BASELINES["noisy-in-context-recall"], 1000),
+                  (tasks.BASELINES["selective-copying"], 500),
+                  (tasks.BASELINES["compression"], 1600),
+                  (dataclasses.replace(tasks.BASELINES["memorization"], vocab_size=4096), 1000)),
+        epochs=None, batch_size=32, lrs=(3e-3,), weight_decays=(0.1,), eval_every=100),
 }
 
 
@@ -1542,6 +1817,63 @@ def mad_summary(grid, record, ended):
 
 
 # =================================================================================================
+# How fast: `python train.py --benchmark`
+# =================================================================================================
+
+# Dense bfloat16 FLOPs a second in the makers' data sheets, by a part of torch's name for the card.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12,
+         "RTX 3090": 71e12}
+
+
+def peak_flops(device):
+    """Of this card, or None where the table does not have it (every CPU)."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+def benchmark_runs(config, device):
+    """(title, TrainConfig): MAD's baseline everywhere; on a card text models to 410 M, too."""
+    change = lambda **k: dataclasses.replace(config, steps=1000, **k)
+    for arch in ("transformer", "hybrid", "mamba"):
+        yield arch, change(arch=arch)
+    shapes = [(512, 6, 8), (768, 12, 12), (1024, 24, 16)] if device == "cuda" else []
+    for width, depth, heads in shapes:                  # 20 M, 85 M, 302 M without embeddings
+        for name, every in (("transformer", 1), ("hybrid", 4)):
+            pattern = stripe(f"mh-hyena(heads={heads})", "swiglu", depth, every,
+                             f"mh-attention(heads={heads})")
+            yield (f"{name}, {depth} x {width}, T 2048",
+                   change(task="text", layers=pattern, dim=width, context=2048, batch_size=16))
+
+
+def benchmark(config, steps=20):
+    """A line a model: the time of a whole optimizer step, and what it makes of this machine."""
+    device, reason = choose_device(config.device)
+    if device == "cpu":
+        tune_allocator()
+    a, b = torch.randn(2, 1024, 1024, device=device)
+    unit, peak = lambda: seconds(lambda: a @ b, device, 20), peak_flops(device)
+    print(f"{device}: {reason}; torch {torch.__version__}\n"
+          f"unit: a 1024^3 float32 product, {1e3 * unit():.2f} ms\n\n"
+          f"{'model':<28}{'parameters':>12}{'tokens/step':>12}{'ms/step':>9}{'units':>7}"
+          f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}  compiled")
+    for title, run_config in benchmark_runs(config, device):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(run_config, Path(folder), lambda _: None)
+
+            def some():
+                for _ in range(steps):
+                    run.one_step()
+            took, now = seconds(some, device, 2) / steps, unit()
+            memory = peak_memory(some, device) or math.nan
+            tokens, flops = run.data.batch_size * run.data.length, run.step_flops()
+            mfu = f"{flops / took / peak:.3f}" if peak else "n/a"
+            print(f"{title:<28}{sum(p.numel() for p in run.model.parameters()):>12,}{tokens:>12,}"
+                  f"{1e3 * took:>9.1f}{took / now:>7.1f}{tokens / took:>10,.0f}"
+                  f"{flops / took / 1e9:>9,.0f}{mfu:>7}{memory:>9,.0f}  "
+                  f"{'yes' if run.compiled else 'no'}", flush=True)
+
+
+# =================================================================================================
 # Text from a run
 # =================================================================================================
 
@@ -1569,25 +1901,22 @@ class SampleConfig:
 
 
 def load_run(folder, device):
-    """A text run's model from its checkpoint, and its tokenizer. ValueError of one line if not."""
+    """A run's options (config.json) and its model, from its checkpoint. ValueError if not."""
     folder = Path(folder)
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        task = saved["task"]
-        if task != "text":
-            raise ValueError(f"{folder} is a run of {task}: only runs of --task text write text")
-        model = Model(saved["pattern"], tasks.vocab_size(saved["tokenizer"]), saved["dim"],
-                      saved["context"])
-        content = torch.load(folder / "ckpt.pt", map_location=device, weights_only=True)
-        model.load_state_dict(content["model"])
+        saved = read_object(folder / "config.json")
+        s = saved["setting"] and tasks.Setting(**saved["setting"])
+        size = ((s.vocab_size, saved["dim"], s.length, s.backbone) if s else
+                (tasks.vocab_size(saved["tokenizer"]), saved["dim"], saved["context"]))
+        model = Model(saved["pattern"], *size)
+        model.load_state_dict(read_checkpoint(folder / "ckpt.pt", device)["model"])
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} does not exist: --sample takes the folder of a text "
-                         f"run that has saved a checkpoint") from None
-    except (KeyError, TypeError, EOFError, OSError, RuntimeError, pickle.UnpicklingError,
-            json.JSONDecodeError) as error:
+        raise ValueError(f"{error.filename or folder / 'config.json'} does not exist: give the "
+                         f"folder of a run that has saved a checkpoint") from None
+    except (KeyError, TypeError, OSError, RuntimeError) as error:
         raise ValueError(f"{folder} does not hold a run of this code that can be read "
                          f"({' '.join(str(error).split())[:120]})") from None
-    return model.to(device), saved["tokenizer"]
+    return saved, model.to(device)
 
 
 def encode(text, tokenizer):
@@ -1622,7 +1951,11 @@ def sample(config, show=lambda text: print(text, end="", flush=True)):
     Returns the new tokens' ids, and a line about speed and state.
     """
     device, _ = choose_device(config.device)
-    model, tokenizer = load_run(config.sample, device)
+    saved, model = load_run(config.sample, device)
+    if saved["task"] != "text":
+        raise ValueError(f"{config.sample} is a run of {saved['task']}: only runs of --task text "
+                         f"write text")
+    tokenizer = saved["tokenizer"]
     prompt, to_bytes = encode(config.prompt, tokenizer), token_bytes(tokenizer)
     reader = codecs.getincrementaldecoder("utf-8")("replace")
     torch.manual_seed(config.seed)
@@ -1654,14 +1987,53 @@ def sample_after(config, result):
 
 
 # =================================================================================================
+# Look inside a run: which tokens its layers mix
+# =================================================================================================
+
+
+@dataclass
+class ShowConfig:
+    """Draw which tokens each layer of a trained run mixes, on a sequence of its task."""
+    show: str = option("", "folder of a run, such as out/hybrid_in-context-recall")
+    plot: str | None = option(None, "file for a figure (PNG), instead of text")
+    tokens: int = option(64, "how many of the sequence", low=2)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_field(f, getattr(self, f.name))
+
+
+@torch.no_grad()
+def show(config):
+    """Prints the sequence and a picture a layer; see layers.mixing."""
+    saved, model = load_run(config.show, "cpu")
+    tokens = (tasks.load_tokens(saved["data"], saved["tokenizer"]) if saved["task"] == "text" else
+              tasks.generate(tasks.Setting(**saved["setting"]), 1, saved["seed"], "test")[0][0])
+    tokens = torch.from_numpy(tokens[:config.tokens].astype(np.int64))[None]  # (1, T)
+    x, pictures = model.embed(tokens), {}
+    for i, (name, block) in enumerate(zip(model.names, model.blocks), 1):
+        pictures[f"{i} {name}"] = mixing(block.layer, block.norm(x))
+        x = block(x)
+    print("tokens", *tokens[0].tolist())
+    present(pictures, config.plot, decades=3)
+
+
+# =================================================================================================
 # The program
 # =================================================================================================
 
 
 def run_and_report(argv):
     """What the arguments ask for. Returns 1 if some of many runs failed."""
-    if any(a.partition("=")[0] == "--sample" for a in argv):
+    asked = {a.partition("=")[0] for a in argv}
+    if "--sample" in asked:
         print("\n" + sample(parse_args(argv, SampleConfig))[1])
+        return 0
+    if "--show" in asked:
+        show(parse_args(argv, ShowConfig))
+        return 0
+    if "--benchmark" in argv:
+        benchmark(parse_args([a for a in argv if a != "--benchmark"]))
         return 0
     if "--task=mad" in argv or ("--task", "mad") in zip(argv, argv[1:]):
         config = parse_args(argv, MadConfig)
@@ -1681,6 +2053,11 @@ def run_and_report(argv):
     return 0
 
 
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+        "DefaultCPUAllocator" in str(error)
+
+
 def main():
     try:
         return run_and_report(sys.argv[1:])
@@ -1691,6 +2068,12 @@ def main():
         if stop.args[0]:
             print(stop.args[0], file=sys.stderr)
         return 128 + stop.args[1]
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0][:150]}): try a smaller "
+              f"--batch-size, --dim or --seq-len", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped at once; what was saved before stays", file=sys.stderr)
         return 130
