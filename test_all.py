@@ -7,6 +7,7 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
   model     patterns, ledgers, generation
   train     the command line, the schedule, a run that learns, a run that is stopped and goes on,
             text: windows, bits a byte, samples, several processes
+            the MAD protocol: its arithmetic, what is reused, processes that share, die and go on
 
   python test_all.py            all of it, about two minutes on two cores
   python test_all.py -k mamba   what names mamba
@@ -1990,9 +1991,9 @@ def test_compiled_run_equals_plain_run(tmp_path):
 # The MAD protocol
 
 
-GRID24 = train.Preset(settings=tuple((setting(t, num_train=128, num_test=64), 4) for t in tasks.TASKS),
-                    epochs=None, batch_size=32, lrs=(1e-4, 1e-3), weight_decays=(0.0, 0.1),
-                    eval_every=2)
+GRID24 = train.Preset(
+    settings=tuple((setting(t, num_train=128, num_test=64), 4) for t in tasks.TASKS),
+    epochs=None, batch_size=32, lrs=(1e-4, 1e-3), weight_decays=(0.0, 0.1), eval_every=2)
 
 
 def mad(tmp_path, **changes):
