@@ -1815,11 +1815,11 @@ def test_greedy_sample_equals_the_parallel_forward(writer):
                                 device="cpu")
     ids, line = train.sample(config, shown.append)
     assert "".join(shown) == "2 plus " + bytes(ids).decode() + "\n"
-    m, tokenizer = train.load_run(writer["folder"], "cpu")
+    _, m = train.load_run(writer["folder"], "cpu")
     out = torch.tensor([[*b"2 plus ", *ids]])
     with torch.no_grad():
         assert (m(out)[:, 6:-1].argmax(-1) == out[:, 7:]).all()
-    assert tokenizer == "bytes" and "tokens a second" in line and "longer than all" not in line
+    assert "tokens a second" in line and "longer than all" not in line
     state = m.init_state(1)
     for token in out[0]:
         state = m.step(token[None], state)[1]
@@ -2349,7 +2349,7 @@ FEW_STEPS = dict(task="in-context-recall", seq_len=16, num_train=512, dim=16, ba
                  compile="off", dtype="float32", device="cpu")
 
 
-def tiny(tmp_path, **changes):
+def short(tmp_path, **changes):
     return train.TrainConfig(**{**FEW_STEPS, "out": str(tmp_path), **changes})
 
 
@@ -2453,9 +2453,9 @@ def kill_ten_runs(out):
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    codes = [fork(lambda: train.train(tiny(out, name="whole"), quiet))]
+    codes = [fork(lambda: train.train(short(out, name="whole"), quiet))]
     for i, kill in enumerate(kill_points()):
-        run = lambda: train.train(tiny(out, name=f"killed{i}"), quiet)
+        run = lambda: train.train(short(out, name=f"killed{i}"), quiet)
         codes.append([fork(lambda: (kill(), run())), fork(run)])
     print(json.dumps(codes))
 
@@ -2474,11 +2474,11 @@ def test_runs_killed_at_ten_moments_end_with_the_same_bytes(tmp_path):
 
 
 def test_same_command_same_bytes_other_seed_other_run(tmp_path):
-    a, b, c = (train.train(tiny(tmp_path / x, seed=seed, steps=15), quiet)["folder"]
+    a, b, c = (train.train(short(tmp_path / x, seed=seed, steps=15), quiet)["folder"]
                for x, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert same_bytes(a, b) and (Path(a) / "best.pt").read_bytes() == \
         (Path(b) / "best.pt").read_bytes()
-    run = [train.Run(tiny(tmp_path / "d", seed=s), tmp_path / "d" / str(s), quiet) for s in (3, 4)]
+    run = [train.Run(short(tmp_path / "d", seed=s), tmp_path / "d" / str(s), quiet) for s in (3, 4)]
     assert not torch.equal(run[0].data.train, run[1].data.train)
     [r.data.batch(0) for r in run]
     assert not torch.equal(run[0].data.order, run[1].data.order)
@@ -2489,14 +2489,14 @@ def test_same_command_same_bytes_other_seed_other_run(tmp_path):
 def test_a_layer_that_draws_is_resumed_exactly(tmp_path, monkeypatch):
     real = layers.SwiGLU.forward
     monkeypatch.setattr(layers.SwiGLU, "forward", lambda self, x: F.dropout(real(self, x), 0.1))
-    whole = train.train(tiny(tmp_path / "whole"), quiet)["folder"]
-    stopped(tiny(tmp_path / "parts"), 23)
-    assert same_bytes(whole, train.train(tiny(tmp_path / "parts"), quiet)["folder"])
+    whole = train.train(short(tmp_path / "whole"), quiet)["folder"]
+    stopped(short(tmp_path / "parts"), 23)
+    assert same_bytes(whole, train.train(short(tmp_path / "parts"), quiet)["folder"])
 
 
 def test_resume_takes_the_options_of_the_folder(tmp_path, monkeypatch):
-    whole = train.train(tiny(tmp_path / "whole"), quiet)["folder"]
-    folder = stopped(tiny(tmp_path / "parts"), 23)
+    whole = train.train(short(tmp_path / "whole"), quiet)["folder"]
+    folder = stopped(short(tmp_path / "parts"), 23)
     with pytest.raises(ValueError, match="leave out --lr"):
         train.parse_args(["--resume", str(folder), "--lr", "0.5"])
     with pytest.raises(ValueError, match="holds another run.*steps 40 -> None"):
@@ -2517,8 +2517,8 @@ def flipped(data, at):
 
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tmp_path):
     from shutil import copytree
-    whole = train.train(tiny(tmp_path / "whole"), quiet)["folder"]
-    folder = stopped(tiny(tmp_path / "parts"), 23)
+    whole = train.train(short(tmp_path / "whole"), quiet)["folder"]
+    folder = stopped(short(tmp_path / "parts"), 23)
     good = (folder / "ckpt.pt").read_bytes()
     weights = torch.load(folder / "ckpt.pt", weights_only=True)["model"]["embed.weight"]
     inside = good.index(weights.numpy().tobytes()) + 40  # torch.load alone would not notice
@@ -2536,15 +2536,15 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tmp_path):
         (folder / name).write_bytes(good[:500])
     before = {p: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(ValueError, match="ckpt.pt is trunc.*ckpt.previous.pt is trunc.*move"):
-        train.train(tiny(tmp_path / "parts"), quiet)
+        train.train(short(tmp_path / "parts"), quiet)
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_a_log_that_lost_lines_is_noticed(tmp_path):
-    folder = stopped(tiny(tmp_path), 23)
+    folder = stopped(short(tmp_path), 23)
     (folder / "log.jsonl").write_text("")
     said = []
-    train.train(tiny(tmp_path), said.append)             # the one before is from step 0: no lines
+    train.train(short(tmp_path), said.append)             # the one before is from step 0: no lines
     assert any("log.jsonl has lost lines" in x for x in said)
     assert [x["step"] for x in logged(folder)] == [10, 12, 12, 20, 24, 24, 30, 36, 36, 40, 40]
 
@@ -2565,10 +2565,10 @@ def test_no_code_is_run_from_files(tmp_path, writer):
     mark = tmp_path / "executed"
     pickle.loads(pickle.dumps(Malicious(mark))).close()
     assert mark.exists() and mark.unlink() is None       # it would, if it could
-    folder = stopped(tiny(tmp_path), 5)
+    folder = stopped(short(tmp_path), 5)
     (folder / "ckpt.previous.pt").unlink(missing_ok=True)
     text_run = Path(copytree(writer["folder"], tmp_path / "text"))
-    for path, use in [(folder / "ckpt.pt", lambda: train.train(tiny(tmp_path), quiet)),
+    for path, use in [(folder / "ckpt.pt", lambda: train.train(short(tmp_path), quiet)),
                       (text_run / "ckpt.pt", lambda: train.load_run(text_run, "cpu"))]:
         path.write_bytes(pickle.dumps(Malicious(mark)))
         with pytest.raises(ValueError, match="ckpt.pt is truncated or altered"):
@@ -2587,7 +2587,7 @@ def test_no_code_is_run_from_files(tmp_path, writer):
             kept = (folder / "config.json").read_bytes()
             (folder / name).write_bytes(bad)
             with pytest.raises(ValueError, match=f"{name} (can't be read|holds no)"):
-                train.train(tiny(tmp_path), quiet)
+                train.train(short(tmp_path), quiet)
             (folder / "config.json").write_bytes(kept)
     assert not mark.exists()
 
@@ -2595,7 +2595,7 @@ def test_no_code_is_run_from_files(tmp_path, writer):
 def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
     import errno
     import shutil
-    folder = stopped(tiny(tmp_path), 23)
+    folder = stopped(short(tmp_path), 23)
 
     class Full:
         """A file on a disk that has room for half of what is written."""
@@ -2617,10 +2617,10 @@ def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
         patch.setattr(train, "open", lambda path, mode: Full(path, mode) if "w" in mode else
                       open(path, mode), raising=False)
         with pytest.raises(OSError, match=r"(best|ckpt).pt can't be written \(No space left"):
-            train.train(tiny(tmp_path), quiet)
+            train.train(short(tmp_path), quiet)
     after = {p: p.read_bytes() for p in folder.iterdir() if p.name != "log.jsonl"}
     assert after == {p: data for p, data in before.items() if p.name != "log.jsonl"}
-    run = train.Run(tiny(tmp_path), folder, quiet)
+    run = train.Run(short(tmp_path), folder, quiet)
     assert run.step == 23
     if os.path.exists("/dev/full"):
         run.log_path = Path("/dev/full")
@@ -2629,14 +2629,14 @@ def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
     new = tmp_path / "new"
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OSError, match="is not writable: choose another --out"):
-        train.train(tiny(new), quiet)
+        train.train(short(new), quiet)
     used = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=20_000))
     with pytest.raises(OSError, match="0.0 MB free.*need 0.1 MB: make room"):
-        train.train(tiny(new), quiet)
+        train.train(short(new), quiet)
     (tmp_path / "file").write_text("")
     with pytest.raises((OSError, ValueError), match="file"):
-        train.train(tiny(tmp_path / "file"), quiet)
+        train.train(short(tmp_path / "file"), quiet)
     assert not new.exists()
 
 
@@ -2656,7 +2656,7 @@ def test_a_number_that_is_not_finite_ends_the_run(detect, tmp_path, monkeypatch)
     message = (r"at step 14, learning rate 7.6e-03, .*the output of blocks.1.layer.* \(swiglu\)"
                r".*ckpt.pt is from before")
     with pytest.raises(FloatingPointError, match=message) as error:
-        train.train(tiny(tmp_path, detect=detect), quiet)
+        train.train(short(tmp_path, detect=detect), quiet)
     assert "\n" not in str(error.value)
     (folder,) = tmp_path.iterdir()
     content = train.read_checkpoint(folder / "ckpt.pt", "cpu")
@@ -2667,14 +2667,14 @@ def test_a_number_that_is_not_finite_ends_the_run(detect, tmp_path, monkeypatch)
 
 def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
     spoil(monkeypatch, 13, math.nan)
-    result = train.train(tiny(tmp_path / "a", nonfinite="skip"), quiet)
+    result = train.train(short(tmp_path / "a", nonfinite="skip"), quiet)
     lines = [x for x in logged(result["folder"]) if "loss" in x]
     assert result["skipped"] == 1 and result["steps"] == 40
     assert [x["skipped"] for x in lines] == [0, 0] + [1] * (len(lines) - 2)
-    config = tiny(tmp_path / "b", nonfinite="skip")
+    config = short(tmp_path / "b", nonfinite="skip")
     folder, _ = train.find_folder(config)
     run = train.Run(config, folder, quiet)
-    run.step, run.score = 13, run.plain_score
+    run.step, run.score = 13, run.plain
     before = {n: p.clone() for n, p in run.model.state_dict().items()}
     run.one_step()
     assert all(torch.equal(p, before[n]) for n, p in run.model.state_dict().items())
@@ -2684,7 +2684,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
 def test_too_large_a_step_is_not_saved(tmp_path):
     for change in (dict(), dict(nonfinite="skip"), dict(eval_every=1, schedule="constant")):
         with pytest.raises(FloatingPointError, match="at step .*, first in the .* of "):
-            train.train(tiny(tmp_path, lr=1e30, **change), quiet)
+            train.train(short(tmp_path, lr=1e30, **change), quiet)
     for folder in tmp_path.iterdir():
         for path in folder.glob("*.pt"):
             content = train.read_checkpoint(path, "cpu")
@@ -2706,7 +2706,7 @@ def memory_growth(first, last):
                 pages[self.step] = int(Path("/proc/self/statm").read_text().split()[1])
             return super().one_step()
     with tempfile.TemporaryDirectory() as out:
-        config = tiny(Path(out), steps=last + 1, eval_every=25, early_stop=2.0)
+        config = short(Path(out), steps=last + 1, eval_every=25, early_stop=2.0)
         run = Watched(config, train.find_folder(config)[0], quiet)
         run.go()
     return pages[last] / pages[first] - 1
@@ -2894,10 +2894,10 @@ def test_fuzz_of_corpora(tmp_path):
 
 def test_fuzz_of_checkpoints(tmp_path):
     rng, pick = dice(6)
-    folder = stopped(tiny(tmp_path), 5)
+    folder = stopped(short(tmp_path), 5)
     (folder / "ckpt.previous.pt").unlink(missing_ok=True)
     good, config = (folder / "ckpt.pt").read_bytes(), (folder / "config.json").read_bytes()
-    run = train.Run(tiny(tmp_path), folder, quiet)
+    run = train.Run(short(tmp_path), folder, quiet)
     content = train.read_checkpoint(folder / "ckpt.pt", "cpu")
     for _ in range(100):
         if rng.random() < 0.4:                           # altered, with or without a right checksum
@@ -2920,7 +2920,7 @@ def test_fuzz_of_checkpoints(tmp_path):
         text[at:at + pick([1, 1, 20])] = pick([b"", b"9", b'"', b"\xff", b"{}", b"null"])
         (folder / "config.json").write_bytes(text)
         one_line(bytes(text), lambda: train.parse_args(["--resume", str(folder)]), folder)
-        one_line(bytes(text), lambda: train.find_folder(tiny(tmp_path)), folder)
+        one_line(bytes(text), lambda: train.find_folder(short(tmp_path)), folder)
 
 
 if __name__ == "__main__":
