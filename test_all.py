@@ -2008,7 +2008,7 @@ def score(config):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny_grid(monkeypatch):
     """A preset of 24 runs whose test data are small: 64 sequences can't be asked for by options."""
     monkeypatch.setitem(train.PRESETS, "tiny", GRID24)
     for task in tasks.TASKS:
@@ -2016,7 +2016,7 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
-def fake(tiny, monkeypatch):
+def fake(tiny_grid, monkeypatch):
     """Runs that take no time. fake.accuracy(config) is one's accuracy, or raises."""
     made = types.SimpleNamespace(runs=[], accuracy=lambda c: 0.5)
 
