@@ -1548,7 +1548,8 @@ def layer_times(name, layer, shape, device, dtype, compiled, unit, least):
     forward, both, again = time_layer(layer, B, T, D, device, dtype, compiled)
     now = unit()                                                 # next to it: machines drift
     memory = peak_memory(again, device) or math.nan
-    short = time_layer(layer, B, T // 4, D, device, dtype, compiled)[1]
+    # (Compiled, a second length would double the minutes that this takes.)
+    short = math.nan if compiled else time_layer(layer, B, T // 4, D, device, dtype)[1]
     line = (f"{name:<27}{1e3 * forward:>8.1f}{1e3 * both:>9.1f}{both / now:>7.1f}"
             f"{math.log(both / short, 4):>6.2f}{memory:>9.0f}"
             f"{memory * 2 ** 20 / (8 * B * T * D):>7.1f}")
