@@ -169,18 +169,19 @@ def long_conv(u, h, method="auto"):
 #   y_t = sum_{i < width} w_i x_{t-i}                                     (elementwise in C)
 
 
-def short_conv_reference(x, w):
-    """The definition. x (B, C, T), taps w (C, width) -> (B, C, T)."""
-    return torch.stack([sum(w[:, i] * x[..., t - i] for i in range(min(w.shape[1], t + 1)))
-                        for t in range(x.shape[-1])], -1)
+def short_conv_reference(x, w, time=2):
+    """The definition. x (B, C, T), taps w (C, width) -> (B, C, T); all (B, T, C) with time=1."""
+    return torch.stack([sum(w[:, i] * x.select(time, t - i) for i in range(min(w.shape[1], t + 1)))
+                        for t in range(x.shape[time])], time)
 
 
 @defined_by(short_conv_reference)
-def short_conv(x, w):
-    """The same as a sum of shifted products: on a CPU ahead of conv1d (results/layers.txt)."""
-    T, width = x.shape[-1], w.shape[1]
-    x = F.pad(x, (width - 1, 0))                                              # (B, C, T + width-1)
-    return sum(w[:, i, None] * x[..., width - 1 - i:width - 1 - i + T] for i in range(width))
+def short_conv(x, w, time=2):
+    """The same as a sum of shifted products, on a CPU ahead of conv1d."""
+    T, width = x.shape[time], w.shape[1]
+    x = F.pad(x, (width - 1, 0) if time == 2 else (0, 0, width - 1, 0))
+    taps = w.T[..., None] if time == 2 else w.T                               # (width, C, 1 or -)
+    return sum(taps[i] * x.narrow(time, width - 1 - i, T) for i in range(width))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -299,13 +300,13 @@ def _states(x, dt, A, B, h):
 @torch.library.custom_op("nanomad::selective_scan", mutates_args=())
 def _selective_scan(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
                     C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    h, ys, starts = x.new_zeros(x.shape[0], *A.shape), [], []
+    h, y, starts = x.new_zeros(x.shape[0], *A.shape), torch.empty(x.shape, dtype=x.dtype), []
     for s in _stretches(x, len(A)):
         starts.append(h)
         h = _states(x[:, s], dt[:, s], A, B[:, s], h)[1]
-        ys.append((h * C[:, s, :, None]).sum(2))
+        y[:, s] = (h * C[:, s, :, None]).sum(2)
         h = h[:, -1].clone()
-    return torch.cat(ys, 1), torch.stack(starts)                              # starts (., B, N, C)
+    return y, torch.stack(starts)                                             # starts (., B, N, C)
 
 
 @_selective_scan.register_fake
@@ -320,8 +321,8 @@ def _selective_scan_backward(
         g: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
         C: torch.Tensor, starts: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, ddt, dA, dB, dC = (torch.zeros_like(w, memory_format=torch.contiguous_format)
-                           for w in (x, dt, A, B, C))
+    dx, ddt, dB, dC = (torch.empty(w.shape, dtype=w.dtype) for w in (x, dt, B, C))
+    dA = torch.zeros_like(A)
     later = torch.zeros_like(starts[0])                   # gradient that comes from the next stretch
     for i, s in reversed(list(enumerate(_stretches(x, len(A))))):
         a, h = _states(x[:, s], dt[:, s], A, B[:, s], starts[i])
@@ -536,9 +537,10 @@ class ShortConv(nn.Module):
         self.taps = nn.Parameter(torch.empty(channels, width).uniform_(-1, 1) / width ** 0.5)
         self.bias = nn.Parameter(torch.zeros(channels, 1)) if bias else None
 
-    def forward(self, x):                                                     # (B, C, T)
-        y = short_conv(x, self.taps.to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+    def forward(self, x, time=2):                          # (B, C, T), or with time=1 (B, T, C)
+        y = short_conv(x, self.taps.to(x.dtype), time)
+        bias = self.bias if time == 2 or self.bias is None else self.bias[:, 0]
+        return y if bias is None else y + bias.to(x.dtype)
 
     def init_state(self, batch, device=None, dtype=None):
         channels, width = self.taps.shape
@@ -1138,7 +1140,7 @@ class Mamba(Layer):
 
     def forward(self, x):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
-        x = F.silu(self.short(x.mT).mT)
+        x = F.silu(self.short(x, time=1))
         dt, B, C = self.selection(x)
         return self.readout(selective_scan(x, dt, -self.A_log.exp(), B, C), x, z)
 

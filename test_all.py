@@ -459,6 +459,8 @@ def test_convolutions_equal_their_loops(T, dtype, tolerance):
               tolerance)
     agree(layers.short_conv, layers.short_conv.reference, (normal(2, 6, T, dtype=dtype), w),
           tolerance)
+    agree(lambda x, w: layers.short_conv(x.mT, w, 1).mT, layers.short_conv.reference,
+          (normal(2, 6, T, dtype=dtype), w), tolerance)
     q, k, v = (normal(2, 3, T, 4, dtype=dtype, seed=i) for i in range(3))
     for method in ("mask", "fft", "auto"):
         agree(lambda *x: layers.toeplitz_attention(*x, method=method),
