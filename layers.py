@@ -824,14 +824,12 @@ class HyenaExperts(Hyena):
     a softmax over the picked ones. All experts convolve all tokens, since a later token may read
     any of them; what is sparse is the read-out. (Paper, section 3: sparse parallel topology.)
 
-    Args: experts E; width of an expert; top_k; the rest as in Hyena.
+    Args: experts E, each of width D / E; top_k; the rest as in Hyena.
     """
 
-    def __init__(self, dim, max_len, experts=8, width=16, top_k=2, kernel=3, order=16,
-                 filter="implicit"):
-        if experts * width != dim:
-            raise ValueError(f"hyena-experts: experts x width = {experts} x {width} is not the "
-                             f"model's width {dim}; change one of the three")
+    def __init__(self, dim, max_len, experts=8, top_k=2, kernel=3, order=16, filter="implicit"):
+        if dim % experts:
+            raise ValueError(f"experts={experts!r} does not divide width {dim}")
         super().__init__(dim, max_len, 1, kernel, order, filter)
         self.router = Router(dim, experts, top_k)
 
@@ -1322,7 +1320,7 @@ LAYERS = {
     "mh-sliding-attention": (Attention, dict(heads=16, window=32)),
     "hyena": (Hyena, dict(expand=4, kernel=3, order=4)),
     "mh-hyena": (MultiHeadHyena, dict(heads=16, kernel=3, order=2)),
-    "hyena-experts": (HyenaExperts, dict(experts=8, width=16, top_k=2, order=16)),
+    "hyena-experts": (HyenaExperts, dict(experts=8, top_k=2, order=16)),
     "linear-attention": (LinearAttention, dict(heads=1)),
     "mh-linear-attention": (LinearAttention, dict(heads=16)),
     "gated-linear-attention": (GatedLinearAttention, dict(heads=1, rank=16)),

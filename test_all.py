@@ -697,7 +697,7 @@ def test_layer_errors_name_the_way_out():
             (lambda: build_layer("mamba", D, 8, heads=2), "no setting 'heads'; it has: expand"),
             (lambda: build_layer("hyena", D, 8, filter="fir"), "choose one of implicit, modal"),
             (lambda: build_layer("mh-attention", 100, 8), "heads=16"),
-            (lambda: build_layer("hyena-experts", 64, 8), "8 x 16"),
+            (lambda: build_layer("hyena-experts", 100, 8), "experts=8"),
             (lambda: layers.long_conv(torch.ones(1, 9, 2), torch.ones(2, 8)), "length 8")]:
         with pytest.raises(ValueError, match=message):
             call()
