@@ -830,6 +830,31 @@ def test_readme_snippet_passes_the_generic_tests(file, start, before, name, opti
     assert trained.returncode == 0, trained.stderr
 
 
+def recorded_times(name):
+    """{layer: its line's numbers} of a table that python layers.py printed."""
+    lines = (HERE / "results" / name).read_text().split("\n")
+    return {line.split()[0]: line.split()[1:] for line in lines if line.split()[:1] and
+            line.split()[0] in LAYERS}
+
+
+def test_readme_shows_what_is_recorded():
+    readme = (HERE / "README.md").read_text()
+    quoted = re.findall(r"\(results/([\w.-]+)[^`]*```text\n(.*?)```", readme, re.DOTALL)
+    assert quoted
+    for name, block in quoted:
+        lines = (HERE / "results" / name).read_text().split("\n")
+        assert [line for line in block.split("\n") if line not in lines] == [], name
+    eager, compiled = recorded_times("layers.txt"), recorded_times("layers-compiled.txt")
+    table = re.findall(r"\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]*) \|[^|]*\| ([\d.]+) \| "
+                       r"(\d+) \|", readme)
+    assert {row[0] for row in table} == set(LAYERS)
+    for name, units, faster, power, memory in table:
+        assert [units, power, memory] == eager[name][2:5]
+        assert faster == (compiled[name][2] if name in compiled else "")
+    assert set(re.findall(r"results/([\w-]+\.\w+)", readme)) <= {
+        path.name for path in (HERE / "results").iterdir()}
+
+
 # =================================================================================================
 # model.py
 # =================================================================================================
@@ -1591,6 +1616,8 @@ def test_optimizer_is_the_protocols(tmp_path):
     assert decays == [0.1, 0.0]
     assert {id(p) for p in run.optimizer.param_groups[0]["params"]} == \
         {id(p) for p in model.decayed(run.model)}
+    every = train.Run(small(tmp_path, decay="all"), tmp_path / "all", quiet).optimizer
+    assert [len(g["params"]) for g in every.param_groups] == [len([*run.model.parameters()]), 0]
 
 
 def test_run_folder_and_repetition(tmp_path):

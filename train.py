@@ -107,7 +107,9 @@ class TrainConfig:
     lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
     min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
     warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
-    weight_decay: float = option(0.1, "of matrices only (the paper's grid: 0 0.1)", low=0.0)
+    weight_decay: float = option(0.1, "AdamW's (the paper's grid: 0 0.1)", low=0.0)
+    decay: str = choice("matrices", "all", text="what it is applied to; all: norms, biases, "
+                        "filters and Mamba's A and D, too")
     beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
                           below=1.0)
     schedule: str = choice("cosine", "constant", text="learning rate over time")
@@ -228,8 +230,8 @@ def parse_args(argv=None, kind=None):
     parser = argparse.ArgumentParser(
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
-        + ". Text from a run: train.py --sample out/RUN -h; its layers: --show out/RUN. The MAD protocol: train.py --task mad -h."
-        " Speed: train.py --benchmark")
+        + ". Text from a run: train.py --sample out/RUN -h; its layers: --show out/RUN. The MAD "
+        "protocol: train.py --task mad -h. Speed: train.py --benchmark")
     for f in dataclasses.fields(kind):
         shown = f.default is not None and f.default is not False and f.default != ""
         how = (dict(action="store_true") if field_type(f) is bool else
@@ -569,9 +571,9 @@ def learning_rate(config, step, steps):
 
 
 def make_optimizer(model, config):
-    """AdamW; weight decay on matrices only. Returns it and how many numbers (do, don't) decay."""
-    matrices = {id(p) for p in decayed(model)}
-    with_, without = ([p for p in model.parameters() if (id(p) in matrices) == yes]
+    """AdamW, and how many numbers (do, don't) get weight decay: matrices alone, by default."""
+    chosen = {id(p) for p in (model.parameters() if config.decay == "all" else decayed(model))}
+    with_, without = ([p for p in model.parameters() if (id(p) in chosen) == yes]
                       for yes in (True, False))
     groups = [dict(params=with_, weight_decay=config.weight_decay),
               dict(params=without, weight_decay=0.0)]
@@ -962,8 +964,8 @@ class Run:
             self.model = self.shared.model_for(self.shape, self.model)
         self.random = torch.get_rng_state()           # training draws nothing; a new layer might
         self.optimizer, (yes, no) = make_optimizer(self.model, config)
-        self.say(f"decay    {config.weight_decay} on {yes:,} parameters (matrices), 0 on {no:,} "
-                 f"(norms, biases, filters, decay rates)")
+        self.say(f"decay    {config.weight_decay} on {yes:,} parameters ({config.decay}), "
+                 f"0 on {no:,}" + " (norms, biases, filters, decay rates)" * (no > 0))
 
     def choose_graph(self):
         """self.score: `scored`, compiled if that pays within the run, or runs of this shape."""
@@ -1421,12 +1423,14 @@ class MadConfig:
     warmup: int = same("warmup")
     beta2: float = same("beta2")
     schedule: str = same("schedule")
+    decay: str = same("decay")
     seed: int = same("seed")
     device: str = same("device")
     dtype: str = same("dtype")
     compile: str = same("compile")
     out: str = same("out")
     clip: float | None = same("clip")
+    nonfinite: str = same("nonfinite")
     early_stop: float = same("early_stop")
 
     def __post_init__(self):
