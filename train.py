@@ -115,8 +115,11 @@ class TrainConfig:
     schedule: str = choice("cosine", "constant", text="learning rate over time")
     seed: int = option(0, "of parameters, data and order", low=0)
     device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
-    dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products")
-    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile")
+    dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products; auto measures "
+                        "which is faster. What stays float32 needs it, so TF32 stays off")
+    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile; auto times a "
+                          "step and compiles if the run is long enough for that to pay; "
+                          "max-autotune also tries kernels for minutes, for long runs on a GPU")
     out: str = option("out", "folder that run folders go into")
     name: str | None = option(None, "of the run's folder; the default is made from the options")
     clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
@@ -307,6 +310,18 @@ def choose_compile(wanted, device, steps, step_seconds):
     saved, cost = steps * step_seconds * SAVED_BY_COMPILING, COMPILE_SECONDS
     about = f"{steps:,} steps of {step_seconds:.2f} s: it would save about {saved:.0f} s"
     return saved > cost, f"{about} and cost about {cost} s"
+
+
+# Dense bfloat16 FLOPs a second (sums in float32) and GB of memory, from NVIDIA's data sheets; the
+# key is a part of torch's name for the card.
+CARDS = {"A100": (312e12, 80), "H100": (989e12, 80), "H200": (989e12, 141), "L40S": (362e12, 48),
+         "RTX 4090": (165e12, 24), "RTX 3090": (71e12, 24)}
+
+
+def peak_flops(device):
+    """Of this card, or None where the table does not have it (every CPU)."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((flops for part, (flops, _) in CARDS.items() if part in name), None)
 
 
 class Ranks:
@@ -1233,8 +1248,8 @@ class Run:
 
     def result(self):
         """The contents of result.json."""
-        sequences = self.step * self.data.batch_size
-        T = self.data.length
+        sequences, T = self.step * self.data.batch_size, self.data.length
+        speed, peak = self.step * self.step_flops() / self.train_seconds, peak_flops(self.device)
         loss = "val_loss" if self.config.task == "text" else "test_loss"
         with open(self.log_path) as log:
             tests = [line for line in map(json.loads, log) if loss in line]
@@ -1244,7 +1259,8 @@ class Run:
             ended=self.ended,
             tokens_per_s=round(sequences * T / self.train_seconds),
             wall_s=round(time.perf_counter() - self.started, 2),
-            train_flops=self.step * self.step_flops(),
+            train_flops=self.step * self.step_flops(), flops_per_s=round(speed),
+            mfu=peak and round(speed / peak, 4),
             parameters=sum(p.numel() for p in self.model.parameters()),
             config=identity(self.config), git=git_hash(),
             machine=dict(device=self.device, dtype=str(self.dtype)[6:], compiled=self.compiled,
@@ -1314,6 +1330,12 @@ def train_in(folder, config, say, shared):
     return result | dict(folder=str(folder))
 
 
+def speed_of(r):
+    mfu = f"{100 * r['mfu']:.0f}%" if r["mfu"] else "n/a"
+    return (f"{r['wall_s']:.0f} s in all; in training {r['tokens_per_s']:,} tokens and "
+            f"{r['flops_per_s'] / 1e9:,.0f} GFLOP a second (MFU {mfu})")
+
+
 def text_summary(config, r):
     sample = shlex.join(["python", "train.py", "--sample", r["folder"], "--prompt", "def "])
     bits, tokens = r["bits_per_byte"], r["steps"] * config.batch_size * config.context
@@ -1324,8 +1346,7 @@ def text_summary(config, r):
         + (f", {bits:.4f} bits a byte" if bits else "")
         + f"; {100 * r['val_accuracy']:.1f}% of tokens right",
         f"training         {r['steps']:,} steps, {tokens:,} tokens, {r['train_flops']:.2e} FLOPs",
-        f"time             {r['wall_s']:.0f} s in all, {r['tokens_per_s']:,} tokens a second in "
-        f"training",
+        f"time             {speed_of(r)}",
         f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
         "next: more text from this model, the same corpus for another architecture",
         f"  {sample}",
@@ -1341,13 +1362,12 @@ def summary(config, r):
     lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens, {r['macro_accuracy']:.4f} "
              f"averaged over classes; chance {r['chance']:.3f}",
              f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})",
-             f"time             {r['wall_s']:.0f} s in all, {r['tokens_per_s']:,} tokens a second "
-             f"in training",
+             f"time             {speed_of(r)}",
              f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
-             "next: the same task for another architecture, another task, the paper's protocol",
+             "next: another architecture, what the layers learned to mix, the paper's protocol",
              f"  python train.py --arch {other}{task}" + (
                  f" --steps {r['planned_steps']}" if config.steps else ""),
-             f"  python train.py --arch {config.arch} --task selective-copying",
+             "  " + shlex.join(["python", "train.py", "--show", r["folder"]]),
              f"  python train.py --arch {config.arch}{task} --epochs 200"]
     return "\n".join(lines)
 
@@ -1821,17 +1841,6 @@ def mad_summary(grid, record, ended):
 # =================================================================================================
 # How fast: `python train.py --benchmark`
 # =================================================================================================
-
-# Dense bfloat16 FLOPs a second (sums in float32) and GB of memory, from NVIDIA's data sheets; the
-# key is a part of torch's name for the card.
-CARDS = {"A100": (312e12, 80), "H100": (989e12, 80), "H200": (989e12, 141), "L40S": (362e12, 48),
-         "RTX 4090": (165e12, 24), "RTX 3090": (71e12, 24)}
-
-
-def peak_flops(device):
-    """Of this card, or None where the table does not have it (every CPU)."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((flops for part, (flops, _) in CARDS.items() if part in name), None)
 
 
 def benchmark_runs(config, device):
