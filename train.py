@@ -1359,6 +1359,7 @@ def summary(config, r):
         return text_summary(config, r)
     other = "transformer" if config.arch != "transformer" else "hybrid"
     task = "" if config.task == TrainConfig.task else f" --task {config.task}"
+    which = shlex.join(["--layers", config.layers] if config.layers else ["--arch", config.arch])
     lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens, {r['macro_accuracy']:.4f} "
              f"averaged over classes; chance {r['chance']:.3f}",
              f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})",
@@ -1368,7 +1369,7 @@ def summary(config, r):
              f"  python train.py --arch {other}{task}" + (
                  f" --steps {r['planned_steps']}" if config.steps else ""),
              "  " + shlex.join(["python", "train.py", "--show", r["folder"]]),
-             f"  python train.py --arch {config.arch}{task} --epochs 200"]
+             f"  python train.py {which}{task} --epochs 200"]
     return "\n".join(lines)
 
 
