@@ -47,7 +47,7 @@ PLAIN = False          # True inside `plain_loops()`: every fast path then runs 
 
 @contextlib.contextmanager
 def plain_loops():
-    """Inside this context all layers run on their plain-loop definitions (slow, obviously right)."""
+    """Inside this context all layers run on their plain-loop definitions: slow, obviously right."""
     global PLAIN
     before, PLAIN = PLAIN, True
     try:
@@ -68,7 +68,10 @@ def defined_by(reference):
 
 
 def at_least_float32(*tensors):
-    """Entry to a float32 island: bf16 (from autocast) becomes float32, float64 stays."""
+    """
+    Entry to a float32 island: bf16 (from autocast) becomes float32, float64 stays. Elementwise
+    arithmetic stays there; autocast goes on to take the island's matrix products (@) in bf16.
+    """
     out = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
     return out if len(out) > 1 else out[0]
 
@@ -85,7 +88,10 @@ def long_conv_reference(u, h):
 
 
 def fft_length(T):
-    """The smallest n >= 2T - 1 (so that the circular convolution does not wrap) of factors 2, 3, 5."""
+    """
+    The smallest even n >= 2T - 1 of factors 2, 3 and 5: from there on a circular convolution does
+    not wrap, such n have fast FFTs, and of an even n half the spectrum says all.
+    """
     def smooth(n):
         for p in (2, 3, 5):
             while n % p == 0:
@@ -200,7 +206,7 @@ def linear_scan_reference(a, b):
 
 def _scan_loop(a, b, reverse):
     """One pass over time into a buffer. Reversed: h_t = a_{t+1} h_{t+1} + b_t."""
-    h = torch.empty_like(b)
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)
     a, b, hs = a.unbind(1), b.unbind(1), h.unbind(1)
     if reverse:
         a, b, hs = (None, *a[:0:-1]), b[::-1], hs[::-1]
@@ -323,7 +329,7 @@ def _selective_scan_backward(
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, ddt, dB, dC = (torch.empty(w.shape, dtype=w.dtype) for w in (x, dt, B, C))
     dA = torch.zeros_like(A)
-    later = torch.zeros_like(starts[0])                   # gradient that comes from the next stretch
+    later = torch.zeros_like(starts[0])                  # gradient that the next stretch hands on
     for i, s in reversed(list(enumerate(_stretches(x, len(A))))):
         a, h = _states(x[:, s], dt[:, s], A, B[:, s], starts[i])
         dh = g[:, s, None] * C[:, s, :, None]                                 # (B, steps, N, C)
@@ -481,7 +487,7 @@ class Layer(nn.Module):
         return self.matmul_flops(T) + self.mixing_flops(T)
 
     def nominal(self, T):
-        """State in numbers as the paper counts it (mad.md table of section 2: sum is 4096)."""
+        """State in numbers as the paper counts it; its models have 4096 in all."""
         return 0
 
 
@@ -552,6 +558,32 @@ class ShortConv(nn.Module):
         return y if self.bias is None else y + self.bias[:, 0], window[..., 1:]
 
 
+class Router(nn.Module):
+    """
+    The top_k experts of a token, weighted by a softmax over those alone. mad-lab zeroes the others
+    *before* its softmax, where 0 is a vote like any other: all 8 experts stay on.
+    """
+
+    def __init__(self, dim, experts, top_k):
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k={top_k!r}; permitted: 1 to the {experts} experts")
+        self.experts, self.top_k, self.score = experts, top_k, linear(dim, experts)
+
+    def forward(self, x):                                                     # (.., D)
+        best, chosen = at_least_float32(self.score(x)).topk(self.top_k, -1)
+        return best.softmax(-1), chosen                                       # (.., top_k) both
+
+
+class Experts(nn.Module):
+    """E matrices side by side, each at nn.Linear's scale."""
+
+    def __init__(self, experts, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, inputs, outputs)
+                                   .uniform_(-1, 1) / inputs ** 0.5)
+
+
 # =================================================================================================
 # Softmax attention
 #   y_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(K)) v_s             (window W: t - W < s <= t)
@@ -590,8 +622,9 @@ def windowed_attention(q, k, v, window):
 @defined_by(causal_attention_reference)
 def causal_attention(q, k, v, window=None):
     """
-    Attention by torch's fused kernel on GPUs. On CPUs that kernel's backward pass is slow for narrow
-    heads: two matrix products and a softmax there, in row blocks that skip what is masked anyway.
+    Attention by torch's fused kernel on GPUs. On CPUs that kernel's backward pass is slow for
+    narrow heads: two matrix products and a softmax there, in row blocks that skip what is masked
+    anyway (an eighth of T each, 64 at least: fewer skip less, more are slower to start).
     """
     T, width = q.shape[2], q.shape[-1]
     if window is not None and window < T:
@@ -699,7 +732,7 @@ class ImplicitFilter(nn.Module):
                                      nn.Linear(order, order)])
         self.readout = linear(order, channels)
         self.skip = nn.Parameter(torch.randn(channels))
-        slow, fast = math.log(100) / 1.5, math.log(100) / 0.3     # e^-delta = 1% at 1.5 and 0.3
+        slow, fast = math.log(100) / 1.5, math.log(100) / 0.3     # 1% is left at t = 1.5, 0.3
         self.register_buffer("delta", torch.linspace(slow, fast, channels), persistent=False)
 
     def forward(self, T):                                                     # -> (C, T)
@@ -776,7 +809,8 @@ class Hyena(Layer):
 
     Args: expand: inner width over D; the `expand` groups of D channels share their projections
         (tied, paper appendix) but have short and long filters of their own. kernel: taps of the
-        short convolution. order: size of the long filter. filter: "implicit" or "modal".
+        short convolution. order: width of an implicit filter's MLP, or poles of a modal one.
+        filter: "implicit" or "modal".
     """
 
     def __init__(self, dim, max_len, expand=4, kernel=3, order=4, filter="implicit"):
@@ -810,7 +844,7 @@ class Hyena(Layer):
         return self.readout(q * y, x), (tail, memory)
 
     def mixing_flops(self, T):
-        """Short convolution 6 a tap and channel, FFTs 10 log2 T, two gates (paper, appendix)."""
+        """A channel: short convolutions 6 a tap, FFTs 10 log2 T, skip and gates 4 (appendix)."""
         taps = self.short.taps.shape[1]
         return int(T * self.inner * (6 * taps + 10 * math.log2(max(T, 2)) + 4))
 
@@ -927,7 +961,8 @@ class MultiHeadHyena(Layer):
     def mixing_flops(self, T):
         """Short convolution, and (as FFTs over k (x) v) 10 log2 T + 6 a channel of the state."""
         channels = self.dim * self.dim // self.heads
-        return int(T * (18 * self.dim + channels * (10 * math.log2(max(T, 2)) + 6)))
+        short = 6 * self.short.taps.shape[1] * self.dim
+        return int(T * (short + channels * (10 * math.log2(max(T, 2)) + 6)))
 
     def nominal(self, T):
         return self.dim * self.dim // self.heads * self.order
@@ -1156,7 +1191,10 @@ class Mamba(Layer):
         return self.readout((h * C[..., None]).sum(1), x, z), (tail, h)
 
     def mixing_flops(self, T):
-        """Short convolution 2 a tap; discretisation 3, recurrence 2 and read-out 2 a state."""
+        """
+        A channel: short convolution 2 a tap; a state: discretisation 3, recurrence 2, read-out 2;
+        the input times dt, skip and gate 4.
+        """
         return T * self.inner * (2 * self.short.taps.shape[1] + 7 * self.state + 4)
 
     def nominal(self, T):
@@ -1190,21 +1228,6 @@ class SwiGLU(Layer):
     def forward(self, x):
         gate, x = self.up(x).chunk(2, -1)
         return self.down(F.silu(gate) * x)
-
-
-class Router(nn.Module):
-    """
-    The top_k experts of a token, weighted by a softmax over those alone. mad-lab zeroes the others
-    *before* its softmax, where 0 is a vote like any other: all 8 experts stay on.
-    """
-
-    def __init__(self, dim, experts, top_k):
-        super().__init__()
-        self.experts, self.top_k, self.score = experts, top_k, linear(dim, experts)
-
-    def forward(self, x):                                                     # (.., D)
-        best, chosen = at_least_float32(self.score(x)).topk(self.top_k, -1)
-        return best.softmax(-1), chosen                                       # (.., top_k) both
 
 
 def expert_glu_reference(x, weight, chosen, w_in, w_out):
@@ -1260,23 +1283,11 @@ class MoE(Layer):
         y = expert_glu(flat, weight, chosen, self.w_in.weight, self.w_out.weight)
         return y.to(x.dtype).view(x.shape)
 
-    def step(self, x, state):
-        return self(x), state
-
     def matmul_flops(self, T):
         """Of the chosen experts only."""
         share = self.router.top_k / self.router.experts
         experts = self.w_in.weight.numel() + self.w_out.weight.numel()
         return super().matmul_flops(T) + int(2 * T * share * experts)
-
-
-class Experts(nn.Module):
-    """E matrices side by side, each at nn.Linear's scale."""
-
-    def __init__(self, experts, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, inputs, outputs)
-                                   .uniform_(-1, 1) / inputs ** 0.5)
 
 
 class RWKVChannelMixer(Layer):
@@ -1310,7 +1321,7 @@ class RWKVChannelMixer(Layer):
 
 
 # =================================================================================================
-# The table, with the paper's settings at width 128 (mad.md: total state 4096 in two blocks)
+# The table, with the paper's settings at width 128 (a total state of 4096 in two blocks)
 # =================================================================================================
 
 LAYERS = {
@@ -1351,7 +1362,7 @@ def build_layer(name, dim, max_len, /, **overrides):
     """The layer of that name in LAYERS, with its MAD settings or the given ones instead."""
     if name not in LAYERS:
         close = difflib.get_close_matches(name, LAYERS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown layer {name!r}{hint} The layers are: {', '.join(LAYERS)}")
     cls, settings = LAYERS[name]
     allowed = dict(list(inspect.signature(cls.__init__).parameters.items())[3:])
@@ -1401,8 +1412,8 @@ def plot_mixing(pictures, path, decades=5):
     from matplotlib import pyplot
     columns = min(5, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.4 * columns, 2.6 * rows), squeeze=False,
-                                   layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2.4 * columns, 2.6 * rows),
+                                   squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for ax, (title, matrix) in zip(axes.flat, pictures.items()):
@@ -1555,6 +1566,7 @@ def layer_times(name, layer, shape, device, dtype, compiled, unit, least):
             f"{memory * 2 ** 20 / (8 * B * T * D):>7.1f}")
     if isinstance(layer, Layer):
         for_bytes, for_flops = least
+        # Forward reads x and writes y, backward reads x and dy and writes dx: 5 arrays of float32.
         floor = max(for_bytes(5 * 4 * B * T * D), for_flops(3 * B * layer.flops(T)))
         line += f"{floor / both:>7.2f}{layer.flops(T) / T / 1e6:>10.3f}"
     return line, now
@@ -1565,14 +1577,15 @@ def benchmark(names, shape, device, compiled, loops, peers):
     (B, T, D), (dtype, why) = shape, fastest_dtype(device)
     a, b = torch.randn(2, 1024, 1024, device=device)
     unit = lambda: seconds(lambda: a @ b, device, 20)
-    card = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    threads = f"{torch.get_num_threads()} threads"
+    card = torch.cuda.get_device_name() if device == "cuda" else threads
     print(f"{device} ({card}), {str(dtype)[6:]} ({why}), torch {torch.__version__}, B {B}, T {T}, "
           f"D {D}, {'compiled' if compiled else 'not compiled'}\n"
           f"unit: a 1024^3 float32 product, {1e3 * unit():.2f} ms; T^: the power of T by which f+b "
-          f"grew from T/4; x io: peak memory over input and output; floor: what reading and writing "
-          f"these, or the FLOPs, take at least, as a share of f+b\n\n"
+          f"grew from T/4; x io: peak memory over input and output; floor: what reading and "
+          f"writing these, or the FLOPs, take at least, as a share of f+b\n\n"
           f"{'layer':<27}{'fwd ms':>8}{'f+b ms':>9}{'units':>7}{'T^':>6}{'peak MB':>9}{'x io':>7}"
-          f"{'floor':>7}{'MFLOP/tok':>10}{'loop units':>12}")
+          f"{'floor':>7}{'MFLOP/tok':>10}{'loop units' * loops:>12}")
     least = floors(device, dtype)
     for name in names:
         torch.manual_seed(0)
@@ -1610,7 +1623,8 @@ def break_even(device):
                     y = f(*inputs, h, method=method)
                 torch.autograd.grad(y, [*inputs, h], torch.ones_like(y))
             times.append(1e3 * seconds(both, device))
-        print(f"{T:>5}{times[0]:>10.1f}{times[1]:>8.1f}{times[2]:>10.1f}{times[3]:>8.1f}", flush=True)
+        print(f"{T:>5}{times[0]:>10.1f}{times[1]:>8.1f}{times[2]:>10.1f}{times[3]:>8.1f}",
+              flush=True)
 
 
 def parse_args():
@@ -1618,7 +1632,7 @@ def parse_args():
     parser.add_argument("--layers", default=",".join(LAYERS), help="names, with commas between")
     parser.add_argument("--long", action="store_true", help="at (2, 4096, 512), not (8, 1024, 128);"
                         " on a GPU at (8, 2048, 1024), too")
-    parser.add_argument("--compile", action="store_true", help="compile the layers, as train.py may")
+    parser.add_argument("--compile", action="store_true", help="compile them, as train.py may")
     parser.add_argument("--no-loops", action="store_true", help="skip the slow loops")
     parser.add_argument("--peers", action="store_true", help="time torch's fused attention and, "
                         "where it is installed, mambapy beside ours")
@@ -1634,6 +1648,8 @@ def parse_args():
     for name in args.layers:
         if name not in LAYERS:
             parser.error(f"unknown layer {name!r}; the layers are: {', '.join(LAYERS)}")
+    if args.plot and not args.show:
+        parser.error("--plot draws what --show asks for: --show mamba --plot mamba.png")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA card here; try --device cpu")
     return args
@@ -1653,9 +1669,9 @@ def main():
         return break_even(args.device)
     shapes = [(2, 4096, 512)] if args.long else [(8, 1024, 128)]
     shapes += [(8, 2048, 1024)] if args.long and args.device == "cuda" else []
+    loops = not args.no_loops and not args.long          # at T 4096 they take hours
     for shape in shapes:
-        benchmark(args.layers, shape, args.device, args.compile, not args.no_loops and not args.long,
-                  args.peers)
+        benchmark(args.layers, shape, args.device, args.compile, loops, args.peers)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ How layers stack: a pattern of layer names becomes a model, its costs become a l
     "mh-hyena swiglu mh-attention swiglu"          the striped multi-head Hyena: `--arch hybrid`
     "hyena(filter=modal,order=8) swiglu"           settings of a layer in brackets
 
-A block is x + layer(norm(x)). Two backbones (Poli et al. 2024, section 3; mad.md, section 1):
+A block is x + layer(norm(x)). Two backbones (Poli et al. 2024, section 3):
   lm           embedding, blocks, norm, unembedding; position t predicts what follows token t
   autoencoder  the blocks encode; the vector at the *last* position alone, plus a sinusoid a
                position, goes through a small MLP that has to say the whole sequence again
@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import LAYERS, RMSNorm, build_layer, count_state
+from layers import LAYERS, Experts, ImplicitFilter, RMSNorm, build_layer, count_state
 
 # =================================================================================================
 # Patterns
@@ -220,11 +220,13 @@ def pick(logits, temperature, top_k):
 def decayed(model):
     """
     The parameters that get weight decay: matrices that multiply activations (nn.Linear, Experts)
-    and the embedding. Not norms, biases, filters, Mamba's A and D, RWKV's decays.
+    and the embedding. Not norms, biases, filters (an implicit one's small MLP multiplies times, not
+    activations), Mamba's A and D, RWKV's decays and mixtures.
     """
-    matrices = [m.weight for m in model.modules()
-                if isinstance(m, (nn.Linear, nn.Embedding)) or type(m).__name__ == "Experts"]
-    return [p for p in model.parameters() if any(p is m for m in matrices)]
+    inside = {id(p) for m in model.modules() if isinstance(m, ImplicitFilter)
+              for p in m.parameters()}
+    return [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, Experts))
+            and id(m.weight) not in inside]
 
 
 # =================================================================================================
@@ -234,7 +236,7 @@ def decayed(model):
 
 @dataclass
 class Entry:
-    """One layer's costs; state in numbers a sequence, FLOPs forward for one sequence of length T."""
+    """One layer's costs; state in numbers a sequence, FLOPs forward for one sequence."""
     name: str
     parameters: int
     state: int          # carried by step after T tokens, counted from its tensors
@@ -288,37 +290,44 @@ def show_ledger(model, T):
 
 
 LEGEND = """
-paper state   numbers at T = 128 as the paper counts them; 4096 is its common size. Beside it: RWKV's
-              channel mixers keep the token before (128 each), heads of 8 give mh-linear-attention
-              2048, and one wide head (linear-attention, gla) or attention is not normalised
+paper state   numbers at T = 128 as the paper counts them; 4096 is its common size at width 128.
+              Beside it: RWKV's channel mixers keep the token before (the width), heads of 8 give
+              mh-linear-attention 2048, and one wide head or attention is not normalised
 + a token     what of it grows with T: keys and values of attention (a stripe's other layers: none)
-carried       numbers that `step` really keeps at T = 128, and at 4096: with short convolutions' tails,
-              normalisers, and the history of inputs that an implicit filter needs (a modal one: none)"""
+carried       numbers that `step` really keeps at T = 128, and at 4096: with short convolutions'
+              tails, normalisers, and the history of inputs that an implicit filter needs (a modal
+              one: none)"""
+
+
+def show_architectures(dim):
+    print(f"{'architecture':<27}{'parameters':>11}{'paper state':>12}{'+ a token':>10}"
+          f"{'carried':>9}{'T=4096':>11}{'kFLOP/token':>12}  pattern")
+    for name, pattern in ARCHS.items():
+        model = Model(pattern, 16, dim, 4096)
+        short, next_, long = (total(ledger(model, T)) for T in (128, 129, 4096))
+        print(f"{name:<27}{short.parameters:>11,}{short.nominal:>12,}"
+              f"{next_.nominal - short.nominal:>10,}{short.state:>9,}{long.state:>11,}"
+              f"{short.flops / 128e3:>12,.0f}  {pattern}")
+    print(LEGEND)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Parameters, state and FLOPs of architectures.")
     parser.add_argument("arch", nargs="?", help="one architecture or pattern, layer by layer")
     parser.add_argument("--dim", type=int, default=128, help="width D (default 128)")
-    parser.add_argument("--seq-len", type=int, default=128, help="length T (default 128)")
+    parser.add_argument("--seq-len", type=int, default=128,
+                        help="length T for one architecture (default 128)")
     args = parser.parse_args()
-    if args.arch:
-        try:
-            pattern = ARCHS[args.arch] if args.arch in ARCHS else args.arch
-            print(pattern, show_ledger(Model(pattern, 16, args.dim, args.seq_len), args.seq_len),
-                  sep="\n")
-        except ValueError as error:
-            parser.exit(2, f"error: {error}\n")
-        return
-    print(f"{'architecture':<27}{'parameters':>11}{'paper state':>12}{'+ a token':>10}{'carried':>9}"
-          f"{'T=4096':>11}{'kFLOP/token':>12}  pattern")
-    for name, pattern in ARCHS.items():
-        model = Model(pattern, 16, args.dim, 4096)
-        short, next_, long = (total(ledger(model, T)) for T in (128, 129, 4096))
-        print(f"{name:<27}{short.parameters:>11,}{short.nominal:>12,}"
-              f"{next_.nominal - short.nominal:>10,}{short.state:>9,}{long.state:>11,}"
-              f"{short.flops / 128e3:>12,.0f}  {pattern}")
-    print(LEGEND)
+    if args.seq_len < 1 or args.dim < 1:
+        parser.error("--dim and --seq-len must be at least 1")
+    try:
+        if args.arch is None:
+            return show_architectures(args.dim)
+        pattern = ARCHS.get(args.arch, args.arch)
+        print(pattern, show_ledger(Model(pattern, 16, args.dim, args.seq_len), args.seq_len),
+              sep="\n")
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1114,7 +1114,7 @@ SHAPES = [(width, blocks) for blocks, widths in {
     32: [*range(2048, 3073, 256), 3584, 4096]}.items() for width in widths]
 LEAST_STEPS = 50
 ATTENTION = {"0": 0, "8.3": 12, "25": 4, "50": 2, "100": 1}       # % of blocks: one in how many
-# Tokens a step, from a budget on: the paper's, as recalled, not checked (mad.md, section 4).
+# Tokens a step, from a budget on: the paper's, as recalled, not checked.
 BATCHES = {4e18: 2 ** 17, 2e19: 2 ** 18, 8e19: 2 ** 19}
 
 
@@ -1210,7 +1210,8 @@ def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parame
 
 def configuration(run, out, data, tokenizer, context):
     """The run for train.py: 5% warmup, cosine to a tenth, AdamW (0.9, 0.95), decay 0.1, clip 1."""
-    name = f"{run['arch']}_{run['budget']:.4g}_{run['width']}x{run['depth']}_seed{run['seed']}"
+    budget = f"{run['budget']:.4g}".replace("+", "")
+    name = f"{run['arch']}_{budget}_{run['width']}x{run['depth']}_seed{run['seed']}"
     return train.TrainConfig(
         task="text", layers=run["pattern"], dim=run["width"], context=context, name=name, out=out,
         batch_size=run["batch"], steps=run["steps"], lr=run["lr"], min_lr=run["lr"] / 10,
@@ -1408,7 +1409,13 @@ def positive(text):
 
 
 def count(text):
+    if positive(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return int(positive(text))
+
+
+def seed(text):
+    return 0 if text == "0" else count(text)
 
 
 def listed(kind):
@@ -1455,7 +1462,7 @@ def _sweep_commands(commands):
                    "again it goes on where it was stopped", ARCHS_HELP)
     _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
     add("--data", help="as in train.py (default: Python's standard library)")
-    add("--seed", type=int, default=0, help="of parameters and data (default 0)")
+    add("--seed", type=seed, default=0, help="of parameters and data (default 0)")
     add("--out", default="out/sweep", help="folder of the runs' folders (default out/sweep)")
     add("--csv", help="file of results; rows of other runs in it stay (default OUT/runs.csv)")
     add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
@@ -1474,7 +1481,7 @@ def main(argv=None):
     add("--json", action="store_true", help="print one JSON object")
     add("--target", type=positive, help="budget to predict, FLOPs (default: the largest)")
     add("--bootstrap", type=count, default=1000, help="resamples (default 1000)")
-    add("--seed", type=int, default=0, help="of the resamples (default 0)")
+    add("--seed", type=seed, default=0, help="of the resamples (default 0)")
     add("--hold-out", type=positive, help="hold out budgets from this one (default: the largest)")
     add("--draws", help="write every bootstrap draw to this .npz file")
     add("--plot", help="also draw the plots into this image file")

@@ -512,8 +512,9 @@ def vocab_size(tokenizer):
 
 def read_text(files):
     """
-    The files as one text, in pieces. They end between a letter and a newline, where no token of any
-    tokenizer reaches across: encoded piece by piece the text has the same tokens.
+    The files as one text, in pieces. They end between a letter or digit and a newline, where no
+    token of any tokenizer reaches across: encoded piece by piece the text has the same tokens
+    (unless 4 million characters have no such place).
     """
     rest = ""
     for path in files:
@@ -521,7 +522,7 @@ def read_text(files):
             with open(path, encoding="utf-8", newline="") as file:
                 while piece := file.read(PIECE):
                     rest += piece
-                    cut = re.match(r".*[^\W_](?=\n)", rest, re.DOTALL)       # the last such place
+                    cut = re.match(r".*[^\W_](?=\r?\n)", rest, re.DOTALL)   # the last such place
                     end = cut.end() if cut else len(rest)
                     yield rest[:end]
                     rest = rest[end:]
@@ -565,7 +566,8 @@ def open_tokens(path):
     if path.suffix == ".npy":
         try:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            tokens.ndim                                  # an .npz by another name has none
+        except (ValueError, EOFError, AttributeError) as error:
             raise ValueError(f"{path} is not a readable .npy of integers: {error}") from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
             raise ValueError(f"{path} is {tokens.dtype} {tokens.shape}; needed: integers (n,)")
@@ -588,7 +590,8 @@ def load_tokens(path, tokenizer="bytes"):
     """
     Token ids (n,) of a UTF-8 text file, of a folder of them (in order of path, as one text), or of
     a .bin or .npy made with that tokenizer; of the default corpus if path is None. tokenizer is
-    "bytes" or any of tiktoken's. Whatever is wrong with the data is a ValueError of one line.
+    "bytes" or any of tiktoken's. What is wrong with the data is a ValueError of one line, a path
+    that isn't there a FileNotFoundError.
     """
     M = vocab_size(tokenizer)                            # an unknown tokenizer is an error here
     if path is None:
@@ -596,14 +599,17 @@ def load_tokens(path, tokenizer="bytes"):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix in (".npy", ".bin"):
+    if path.suffix in (".npy", ".bin") and path.is_file():
         tokens = open_tokens(path)
-        low, high = min(p.min() for p in pieces(tokens)), max(p.max() for p in pieces(tokens))
+        lows, highs = zip(*((p.min(), p.max()) for p in pieces(tokens)))
+        low, high = min(lows), max(highs)
         if low < 0 or high >= M:
             raise ValueError(f"{path} has token ids {low} to {high}, beyond the {M} of {tokenizer}:"
                              f" name the tokenizer it was made with, such as --tokenizer gpt2")
         return tokens
-    files = sorted(f for f in path.rglob("[!.]*") if f.is_file()) if path.is_dir() else [path]
+    hidden = lambda f: any(part.startswith(".") for part in f.relative_to(path).parts)
+    files = ([path] if path.is_file() else
+             sorted(f for f in path.rglob("*") if f.is_file() and not hidden(f)))
     if not files:
         raise ValueError(f"{path} is a folder without files")
     for f in files:
@@ -678,6 +684,8 @@ if __name__ == "__main__":
                         help=f"only this one of {', '.join(TASKS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error(f"--seed is {args.seed}; permitted: at least 0")
     for task in [args.task] if args.task else TASKS:
         T = {"compression": 16, "memorization": 20}.get(task, 28)
         show(dataclasses.replace(BASELINES[task], seq_len=T, num_tokens_to_copy=6), args.seed)

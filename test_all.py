@@ -1,7 +1,7 @@
 """
 What is claimed, as tests: each claim of the README and of the docstrings has one here.
 
-  tasks     the data are what mad.md says, bit for bit; oracles are right wherever there is an answer
+  tasks     the data are what the paper's appendix says, bit for bit; oracles are right wherever there is an answer
   layers    for every entry of LAYERS, so that a new layer inherits them: fast path = plain loop with
             gradients, causal, step = forward, counted state and FLOPs, bfloat16, compilation
   model     patterns, ledgers, generation
@@ -1441,7 +1441,7 @@ def test_sweep_goes_on_and_loses_nothing(trained, tmp_path, capsys):
     assert scaling.main(args) == 128 + signal.SIGINT and len(read_rows(tmp_path / "runs.csv")) == 3
     assert "stopped at step 3 of 9; finished runs, if any, are in" in capsys.readouterr().err
     trained.train.stop = None
-    trained.fail.add(bad := "hybrid_1e+12_64x2_seed0")
+    trained.fail.add(bad := "hybrid_1e12_64x2_seed0")
     assert scaling.main(args) == 1
     said = capsys.readouterr()
     assert "9 of 10 runs" in said.out and f"failed: {bad}: the loss is nan at step 7" in said.err
@@ -1687,7 +1687,7 @@ def test_partial_batches_are_tested_whole(tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["--arhc", "mamba"], "did you mean --arch"), (["--arch", "mambo"], "Did you mean mamba"),
     (["--task", "incontext-recall"], "did you mean in-context-recall"),
-    (["--layers", "mh-attenton swiglu"], "did you mean 'mh-attention'"),
+    (["--layers", "mh-attenton swiglu"], "did you mean mh-attention"),
     (["--lr", "-1"], "lr is -1.0"), (["--lr", "nan"], "lr is nan"), (["--steps", "0"], "at least 1"),
     (["--seq-len", "127"], "even number"), (["--device", "tpu9"], "try --device cpu"),
     (["--steps", "ten"], "invalid"), (["--compile", "maybe"], "on, max-autotune, off"), (["--name", "//"], "name")])
@@ -2400,7 +2400,7 @@ def same_bytes(a, b):
     """Two folders' parameters, optimizer, best parameters and log lines, less the speeds."""
     for name in ("ckpt.pt", "best.pt"):
         x, y = (torch.load(Path(f) / name, weights_only=True) for f in (a, b))
-        [t.pop("train_seconds", None) for t in (x, y)]
+        [t.pop(key, None) for t in (x, y) for key in ("train_seconds", "wall_s")]
         [t.pop("log_bytes", None) for t in (x, y)]       # a speed's digits vary
         one, other = (json.dumps(t, default=lambda v: v.numpy().tobytes().hex()) for t in (x, y))
         if one != other:
@@ -2542,6 +2542,28 @@ def test_resume_takes_the_options_of_the_folder(tmp_path, monkeypatch):
 
 def flipped(data, at):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
+def test_resume_keeps_what_was_measured_and_notices_other_data(tmp_path, monkeypatch):
+    config = short(tmp_path, compile="auto", dtype="auto")
+    monkeypatch.setattr(train, "choose_compile", lambda *_: (False, "measured"))
+    monkeypatch.setattr(train, "fastest_dtype", lambda _: (torch.float32, "measured"))
+    folder, said = stopped(config, 23), []
+    monkeypatch.setattr(train, "choose_compile", lambda *_: (True, "measured"))
+    monkeypatch.setattr(train, "fastest_dtype", lambda _: (torch.bfloat16, "measured"))
+    run = train.Run(config, folder, said.append)
+    assert run.step == 23 and run.compiled is False and run.dtype == torch.float32
+    assert "compile  off: as before this run was stopped" in said and run.wall_s() > run.earlier > 0
+    monkeypatch.setattr(train.TaskData, "__init__", changed_data(train.TaskData.__init__))
+    with pytest.raises(ValueError, match="the data have changed since"):
+        train.Run(config, folder, quiet)
+
+
+def changed_data(init):
+    def other(self, *args):
+        init(self, *args)
+        self.sha256 = "0" * 64
+    return other
 
 
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tmp_path):

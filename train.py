@@ -11,7 +11,7 @@ How a model learns: one run of one task, from the command line to a folder of re
     python train.py --arch hybrid --task mad            the MAD score: a grid of runs, resumable
     python train.py -h                                  every option
 
-Protocol (Poli et al. 2024; mad.md, section 1): AdamW with betas (0.9, 0.98), cosine decay to 1e-6,
+Protocol (Poli et al. 2024, appendix): AdamW with betas (0.9, 0.98), cosine decay to 1e-6,
 no warmup, no clipping, batch 128; a run may end at 99.9% test accuracy. The paper trains for 200
 epochs (--epochs 200); the default is 4, enough to see what an architecture is good for.
 
@@ -57,9 +57,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
-from layers import (count_state, fastest_dtype, mixing, peak_memory, present, seconds,
+from layers import (LAYERS, count_state, fastest_dtype, mixing, peak_memory, present, seconds,
                     tune_allocator)
-from model import ARCHS, Model, decayed, find_pattern, ledger, pick, show_ledger, stripe, total
+from model import (ARCHS, Model, decayed, find_pattern, ledger, parse_pattern, pick, show_ledger,
+                   stripe, total)
 
 # =================================================================================================
 # The command line: a field is an option, its help text beside it
@@ -150,7 +151,11 @@ class TrainConfig:
 
     @property
     def pattern(self):
-        return self.layers if self.layers is not None else find_pattern(self.arch)
+        pattern = find_pattern(self.arch) if self.layers is None else self.layers
+        for name, _ in parse_pattern(pattern):
+            if name not in LAYERS:
+                raise tasks.unknown("layer", name, LAYERS)
+        return pattern
 
     @property
     def setting(self):
@@ -274,8 +279,9 @@ def choose_device(wanted):
     """"cuda", "mps" or "cpu", and why."""
     if wanted != "auto":
         try:
-            if wanted.partition(":")[0] not in ("cuda", "mps", "cpu"):
-                raise RuntimeError("it is none of cuda, mps, cpu")
+            if wanted not in ("cuda", "mps", "cpu"):
+                raise RuntimeError("it is none of cuda, mps, cpu (CUDA_VISIBLE_DEVICES chooses "
+                                   "among cards)")
             torch.empty(1, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {wanted!r} is not to be had here: "
@@ -295,8 +301,9 @@ def has_compiler():
     return next((n for n in names if n and shutil.which(n)), None)
 
 
-# What compiling saves of a step, and its price, on two CPU cores.
-SAVED_BY_COMPILING, COMPILE_SECONDS = 0.4, 40
+# What compiling saves of a step, and its price, as measured for the hybrid on two CPU cores. (On a
+# card these are guesses.)
+SAVED_BY_COMPILING, COMPILE_SECONDS = 0.28, 35
 
 
 def choose_compile(wanted, device, steps, step_seconds):
@@ -314,8 +321,9 @@ def choose_compile(wanted, device, steps, step_seconds):
 
 # Dense bfloat16 FLOPs a second (sums in float32) and GB of memory, from NVIDIA's data sheets; the
 # key is a part of torch's name for the card.
-CARDS = {"A100": (312e12, 80), "H100": (989e12, 80), "H200": (989e12, 141), "L40S": (362e12, 48),
-         "RTX 4090": (165e12, 24), "RTX 3090": (71e12, 24)}
+CARDS = {"A100": (312e12, 80), "H100 PCIe": (756e12, 80), "H100": (989e12, 80),
+         "H200": (989e12, 141), "L40S": (362e12, 48), "RTX 4090": (165e12, 24),
+         "RTX 3090": (71e12, 24)}
 
 
 def peak_flops(device):
@@ -424,7 +432,7 @@ class TaskData:
         """(tokens, targets) of a step, (B, T) each: a function of seed and step alone."""
         epoch, i = divmod(step, self.epoch_steps)
         if epoch != self.epoch:
-            order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)   # a prime
             self.order = torch.randperm(len(self.train), generator=order).to(self.device)
             self.epoch = epoch
         rows = self.order[i * self.batch_size:(i + 1) * self.batch_size]
@@ -549,26 +557,37 @@ def macro_accuracy(predictions, targets, vocab_size):
     return (right / wanted.clamp(min=1))[(wanted + said) > 0].mean()
 
 
+MACRO_BATCH = 128       # sequences; the published macro accuracies are means over such batches
+
+
 def evaluate(score, data):
-    """Test loss, token accuracy, macro accuracy (batch by batch, as published) of a task."""
-    loss = right = count = macro = 0
-    for n, (tokens, targets) in enumerate(data.test_batches(), 1):
-        batch_loss, said = score(tokens, targets)
-        at = targets != tasks.IGNORE
-        loss = loss + batch_loss.detach() * at.sum()
-        right, count = right + (said == targets)[at].sum(), count + at.sum()
-        macro = macro + macro_accuracy(said[at], targets[at], data.setting.vocab_size)
-    return dict(test_loss=float(loss / count), test_accuracy=float(right / count),
-                macro_accuracy=float(macro / n))
+    """
+    Test loss, token accuracy and macro accuracy of a task. (Gradients stay on, though none is
+    taken: without them another graph would be compiled.)
+    """
+    loss, said, targets = 0.0, [], []
+    for tokens, wanted in data.test_batches():
+        batch_loss, predictions = score(tokens, wanted)
+        loss = loss + batch_loss.detach() * (wanted != tasks.IGNORE).sum()
+        said.append(predictions)
+        targets.append(wanted)
+    said, targets = torch.cat(said), torch.cat(targets)
+    at = targets != tasks.IGNORE
+    macro = [macro_accuracy(p[where], t[where], data.vocab_size) for p, t, where in
+             zip(*(x.split(MACRO_BATCH) for x in (said, targets, at))) if where.any()]
+    return dict(test_loss=float(loss / at.sum()),
+                test_accuracy=float((said == targets)[at].sum() / at.sum()),
+                macro_accuracy=float(torch.stack(macro).mean()))
 
 
 def evaluate_text(score, data, most):
     """Validation loss a token, the same in bits a byte of text, and accuracy, of all processes."""
-    loss = right = count = torch.zeros((), device=data.device)
+    wide = torch.float32 if data.device == "mps" else torch.float64        # MPS has no float64
+    loss = right = count = torch.zeros((), device=data.device, dtype=wide)
     for tokens, targets in data.test_batches(most):
         batch_loss, said = score(tokens, targets)
         n = (targets != tasks.IGNORE).sum()
-        loss, count = loss + batch_loss.detach() * n, count + n
+        loss, count = loss + batch_loss.detach().to(wide) * n, count + n
         right = right + (said == targets).sum()
     loss, right, count = data.ranks.sum(torch.stack((loss, right, count))).tolist()
     bits = loss / count / math.log(2) / data.bytes_per_token if data.bytes_per_token else None
@@ -689,7 +708,10 @@ def meaning(source):
 
 @functools.cache                              # the code that this process runs, edited or not
 def code_version():
-    """A hash of what the four files say that determine a result; a comment is free to change."""
+    """
+    A hash of what the four files say that determine a result; a comment is free to change. (Another
+    version of Python may write the same syntax tree otherwise: then it counts as other code.)
+    """
     sources = [Path(__file__).with_name(n) for n in ("tasks.py", "layers.py", "model.py",
                                                      "train.py")]
     text = "\n".join(meaning(p.read_text(encoding="utf-8")) for p in sources)
@@ -727,7 +749,7 @@ def find_folder(config):
         if config.name is not None:
             raise ValueError(f"{folder} holds another run ({'; '.join(differ)}); "
                              f"choose another --name")
-    return folder, (f"{base} holds a run of other code, so this one goes into {folder}"
+    return folder, (f"{base} holds another run, or one of other code: this one goes into {folder}"
                     if folder != base else None)
 
 
@@ -845,7 +867,7 @@ def claim(folder):
         try:
             yield
         finally:
-            (folder / "lock").unlink()
+            (folder / "lock").unlink(missing_ok=True)
     finally:
         with contextlib.suppress(OSError):    # not empty: there is a run in it
             for f in made:
@@ -866,11 +888,16 @@ class Watch:
 
     def __init__(self, model):
         self.found, self.layers = None, model.names
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda m, x, y, name=name: self.output(name, y))
-        for name, p in model.named_parameters():
-            p.register_post_accumulate_grad_hook(
-                lambda p, name=name: self.look(f"the gradient of {self.title(name)}", p.grad))
+        self.hooks = [module.register_forward_hook(
+            lambda m, x, y, name=name: self.output(name, y)) for name, module in
+            model.named_modules()]
+        self.hooks += [p.register_post_accumulate_grad_hook(
+            lambda p, name=name: self.look(f"the gradient of {self.title(name)}", p.grad))
+            for name, p in model.named_parameters()]
+
+    def remove(self):
+        for hook in self.hooks:
+            hook.remove()
 
     def title(self, name):
         """blocks.1.layer -> blocks.1.layer (swiglu)."""
@@ -895,7 +922,9 @@ class Watch:
 # A run
 # =================================================================================================
 
-LOG_EVERY, SAVE_SECONDS = 10, 30       # steps between log lines; seconds between checkpoints
+# Steps between log lines; seconds between checkpoints. A kill loses at most these seconds,
+# LOG_EVERY steps and a test.
+LOG_EVERY, SAVE_SECONDS = 10, 30
 
 
 class Shared:
@@ -928,7 +957,7 @@ class Run:
         self.started, self.step, self.train_seconds = time.perf_counter(), 0, 0.0
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
         self.asked_to_stop = 0                # the number of a signal that this process has got
-        self.skipped, self.watch = 0, None
+        self.skipped, self.watch, self.compiled, self.earlier = 0, None, None, 0.0
         self.log_path = folder / "log.jsonl"
         self.choose_machine()
         self.build()
@@ -996,10 +1025,12 @@ class Run:
             self.optimizer.zero_grad()
         left = self.shared.steps if self.shared else self.steps - self.step
         wanted = "off" if self.config.detect else self.config.compile    # no layers in a graph
-        auto = wanted == "auto"
+        auto, before = wanted == "auto" and self.compiled is None, self.compiled
         measured = seconds(one_step, self.device, 1) if auto and left else 0
         measured = self.ranks.largest(measured)
         self.compiled, reason = choose_compile(wanted, self.device, left, measured)
+        if wanted == "auto" and before is not None:
+            self.compiled, reason = before, "as before this run was stopped"
         self.score = plain
         if self.compiled:
             mode = "max-autotune" if self.config.compile == "max-autotune" else None
@@ -1018,7 +1049,7 @@ class Run:
 
     # -- disk ------------------------------------------------------------------------------------
 
-    STATE = "step", "best", "metrics", "train_seconds", "skipped", "ended"
+    STATE = "step", "best", "metrics", "train_seconds", "skipped", "ended", "compiled"
 
     def check_disk(self):
         """OSError if there is no room for the checkpoint, the one before it and the next."""
@@ -1038,12 +1069,18 @@ class Run:
         if not math.isfinite(torch.nn.utils.get_total_norm(parameters)):
             raise self.fault("the norm of the parameters is not finite", self.step)
 
+    def wall_s(self):
+        """Seconds of this process and of those that the run was stopped in."""
+        return round(self.earlier + time.perf_counter() - self.started, 2)
+
     def save(self):
         self.check_parameters()
         if self.ranks.rank > 0:
             return
         content = dict({key: getattr(self, key) for key in self.STATE},
-                       log_bytes=self.log_path.stat().st_size, random=torch.get_rng_state(),
+                       dtype=str(self.dtype)[6:], wall_s=self.wall_s(),
+                       data_sha256=self.data.sha256, random=torch.get_rng_state(),
+                       log_bytes=self.log_path.stat().st_size,
                        model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         write_checkpoint(self.folder / "ckpt.pt", content, self.folder / "ckpt.previous.pt")
 
@@ -1061,9 +1098,12 @@ class Run:
             log_bytes = int(content["log_bytes"])
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.random = content["random"].cpu()
+            self.random, self.earlier = content["random"].cpu(), content["wall_s"]
+            self.dtype = getattr(torch, content["dtype"])     # measured anew it might be another
             for key in self.STATE:
                 setattr(self, key, content[key])
+            if content["data_sha256"] != self.data.sha256:
+                raise ValueError("the data have changed since")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this run ({type(error).__name__}: "
                              f"{' '.join(str(error).split())[:120]})") from None
@@ -1244,6 +1284,7 @@ class Run:
         self.score, self.watch = self.plain, Watch(self.model)           # a graph has no layers
         while self.step <= step and not self.watch.found:
             self.one_step()
+        self.watch.remove()                   # other runs of a grid use this model
         return self.watch.found or "no layer when these steps were repeated"
 
     def result(self):
@@ -1258,7 +1299,7 @@ class Run:
             **self.data.facts, steps=self.step, planned_steps=self.steps, skipped=self.skipped,
             ended=self.ended,
             tokens_per_s=round(sequences * T / self.train_seconds),
-            wall_s=round(time.perf_counter() - self.started, 2),
+            wall_s=self.wall_s(),
             train_flops=self.step * self.step_flops(), flops_per_s=round(speed),
             mfu=peak and round(speed / peak, 4),
             parameters=sum(p.numel() for p in self.model.parameters()),
@@ -1331,9 +1372,9 @@ def train_in(folder, config, say, shared):
 
 
 def speed_of(r):
-    mfu = f"{100 * r['mfu']:.0f}%" if r["mfu"] else "n/a"
+    mfu = f"{100 * r['mfu']:.0f}%" if r.get("mfu") else "n/a"
     return (f"{r['wall_s']:.0f} s in all; in training {r['tokens_per_s']:,} tokens and "
-            f"{r['flops_per_s'] / 1e9:,.0f} GFLOP a second (MFU {mfu})")
+            f"{r.get('flops_per_s', 0) / 1e9:,.0f} GFLOP a second (MFU {mfu})")
 
 
 def text_summary(config, r):
@@ -1466,7 +1507,8 @@ class MadConfig:
 
     @property
     def task_list(self):
-        return list(tasks.TASKS) if self.tasks is None else self.tasks.split(",")
+        every = dict.fromkeys(s.task for s, _ in PRESETS[self.preset].settings)
+        return list(every) if self.tasks is None else self.tasks.split(",")
 
     @property
     def label(self):
@@ -1647,8 +1689,8 @@ class Grid:
         found = [t for t in tasks.TASKS if of(t)]
         by_task = {t: {k: mean_of([r[k] for r in of(t)]) for k in ("token", "macro", "chance")}
                    for t in found}
-        mean = lambda k: mean_of([v[k] for v in by_task.values()] if len(found) == len(tasks.TASKS)
-                                 else [None])
+        whole = set(found) == {s.task for s, _ in PRESETS[self.config.preset].settings}
+        mean = lambda k: mean_of([v[k] for v in by_task.values()] if whole else [None])
         return dict(mean=mean("token"), macro_mean=mean("macro"), tasks=by_task, settings=settings)
 
     def counts(self):
@@ -1824,7 +1866,7 @@ def mad_summary(grid, record, ended):
     lines += [f"{task:<26}" + "".join(percent(v[k]) for k in ("token", "macro", "chance"))
               for task, v in rows]
     lines += [f"{'MAD score':<26}{percent(record['mean'])}{percent(record['macro_mean'])}"] * (
-        len(rows) == len(tasks.TASKS))
+        (record["mean"] is not None))
     lines += ["", f"runs     {c['runs']}: {c['reused']} reused, {c['trained']} trained, "
               f"{c['skipped']} skipped (another run of their setting reached "
               f"{100 * grid.config.early_stop:g}%), {c['failed']} failed, {c['open']} not finished"]
@@ -1845,12 +1887,13 @@ def mad_summary(grid, record, ended):
 
 
 def benchmark_runs(config, device):
-    """(title, TrainConfig): MAD's baseline everywhere; on a card text models to 410 M, too."""
-    change = lambda **k: dataclasses.replace(config, steps=1000, **k)
+    """(title, TrainConfig): MAD's baseline everywhere; on a card language models, too."""
+    change = lambda **k: dataclasses.replace(config, steps=1000, **{"layers": None, **k})
     for arch in ("transformer", "hybrid", "mamba"):
         yield arch, change(arch=arch)
     shapes = [(512, 6, 8), (768, 12, 12), (1024, 24, 16)] if device == "cuda" else []
-    for width, depth, heads in shapes:                  # 20 M, 85 M, 302 M without embeddings
+    # 20, 85 and 302 M parameters without embeddings: 70, 160 and 410 M with gpt2's vocabulary.
+    for width, depth, heads in shapes:
         for name, every in (("transformer", 1), ("hybrid", 4)):
             pattern = stripe(f"mh-hyena(heads={heads})", "swiglu", depth, every,
                              f"mh-attention(heads={heads})")
@@ -1884,6 +1927,28 @@ def benchmark(config, steps=20):
                   f"{1e3 * took:>9.1f}{took / now:>7.1f}{tokens / took:>10,.0f}"
                   f"{flops / took / 1e9:>9,.0f}{mfu:>7}{memory:>9,.0f}  "
                   f"{'yes' if run.compiled else 'no'}", flush=True)
+
+
+@torch.no_grad()
+def benchmark_generation(device, steps=32):
+    """A line a model: tokens a second of one sequence, and its state, after T tokens."""
+    print(f"\n{'generation, D 128':<28}{'T':>7}{'tokens/s':>10}{'state, kB':>11}")
+    modal = ARCHS["hybrid"].replace("mh-hyena", "mh-hyena(filter=modal)")
+    for arch, pattern in (*((a, ARCHS[a]) for a in ("transformer", "hybrid", "mamba")),
+                          ("hybrid, modal filter", modal)):
+        model = Model(pattern, 256, 128, 4096 + 2 * steps).to(device)
+        state, token = model.init_state(1), torch.zeros(1, dtype=torch.long, device=device)
+        t = 0
+        for T in (128, 1024, 4096):
+            for t in range(t, T):
+                state = model.step(token, state)[1]
+
+            def some(state=state):
+                for _ in range(steps):
+                    state = model.step(token, state)[1]
+            kilobytes = 4 * sum(map(count_state, state)) / 1e3
+            print(f"{arch:<28}{T:>7}{steps / seconds(some, device, 2):>10,.0f}{kilobytes:>11,.1f}",
+                  flush=True)
 
 
 # =================================================================================================
@@ -1994,7 +2059,8 @@ def sample_after(config, result):
     """A few lines from a model just trained."""
     prompt = "def " if config.data is None else "\n"
     try:
-        print("\n" + sample(SampleConfig(sample=result["folder"], prompt=prompt))[1])
+        print("\n" + sample(SampleConfig(sample=result["folder"], prompt=prompt,
+                                         device=config.device))[1])
     except ValueError as error:
         print(f"no sample: {error}")
 
@@ -2046,7 +2112,9 @@ def run_and_report(argv):
         show(parse_args(argv, ShowConfig))
         return 0
     if "--benchmark" in argv:
-        benchmark(parse_args([a for a in argv if a != "--benchmark"]))
+        config = parse_args([a for a in argv if a != "--benchmark"])
+        benchmark(config)
+        benchmark_generation(choose_device(config.device)[0])
         return 0
     if "--task=mad" in argv or ("--task", "mad") in zip(argv, argv[1:]):
         config = parse_args(argv, MadConfig)
