@@ -1062,6 +1062,7 @@ def plot_runs(ax, archs, column, unit):
         ax.scatter(getattr(r, column), r.loss, c=np.log(r.C), cmap="Greys", vmin=every.min() - 2,
                    vmax=every.max(), marker=MARKERS[i % 8], s=20, edgecolors="0.3", label=arch)
     ax.set(title="darker: more compute", xlabel=f"{unit} {column}", xscale="log")
+    ax.tick_params(axis="x", which="minor", labelbottom=False)       # they would overlap
     ax.legend(fontsize=7)
 
 

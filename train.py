@@ -1438,11 +1438,10 @@ class Preset:
 PRESETS = {
     "full": Preset(                                          # the paper's: 396 runs
         settings=tuple((s, None) for s in tasks.mad_settings()), epochs=200, batch_size=128,
-        # Half an epoch of 12,800 sequences. Of fewer it is more, or tests would take most time.
-        lrs=(1e-4, 5e-4, 1e-3), weight_decays=(0.0, 0.1), eval_every=50),
+        lrs=(1e-4, 5e-4, 1e-3), weight_decays=(0.0, 0.1),
+        eval_every=50),               # half an epoch of 12,800 sequences, several of a smaller set
     # One setting a task: the baseline, but for memorization, which all architectures solve there.
-    # An optimizer step is what tasks are learned in, so a small batch and a high rate cut the cost:
-    # (results/README.md has the minutes that it took.)
+    # Tasks are learned in optimizer steps, so a small batch and a high rate cut the cost.
     "quick": Preset(
         settings=((tasks.BASELINES["in-context-recall"], 1000),
                   (tasks.BASELINES["fuzzy-in-context-recall"], 800),
