@@ -158,8 +158,8 @@ def long_conv(u, h, method="auto"):
     Causal convolution along T of u (B, T, D) with filters h (D, T'), T' >= T -> (B, T, D), in
     float32 or float64. O(T log T) as an FFT, O(T^2) as a product with the Toeplitz matrix of h.
 
-    method: "fft", "toeplitz" or "auto": the matrix on a CPU up to T = 64, on a GPU, whose matrix
-    units are far faster than its FFT, up to T = 512 (`python layers.py --break-even` measures it).
+    method: "fft", "toeplitz" or "auto": the matrix on a CPU up to T = 64, as `python layers.py
+    --break-even` measured; on a GPU, whose matrix units are faster, up to 512 (a guess so far).
     """
     u, h, T = *at_least_float32(u, h), u.shape[1]
     if h.shape[1] < T:
@@ -896,7 +896,8 @@ def toeplitz_attention(q, k, v, h, method="auto"):
 
     method: "mask", (mask * (k q^T))^T v in O(T^2), without an outer product; "fft", a long
     convolution of k_i * v for each of the K key channels i, then y = sum_i q_i * that; or "auto",
-    which `python layers.py --break-even` bears out: the mask on a CPU up to T = 256.
+    which `python layers.py --break-even` bears out: the mask on a CPU up to T = 256 (on a GPU up
+    to 2048, a guess so far).
     """
     T, v = q.shape[2], v.mT                                                   # (B, H, V, T)
     if method == "auto":

@@ -2026,7 +2026,11 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
         run.one_step()
 
 
-@pytest.mark.skipif(train.has_compiler() is None, reason="torch.compile on a CPU needs g++")
+needs_compiler = pytest.mark.skipif(train.has_compiler() is None,
+                                    reason="torch.compile on a CPU needs g++")
+
+
+@needs_compiler
 def test_compiled_run_equals_plain_run(tmp_path):
     results = [train.train(small(tmp_path, compile=c, steps=10), quiet) for c in ("off", "on")]
     losses = [[x["loss"] for x in logged(r["folder"]) if "loss" in x] for r in results]
@@ -2336,8 +2340,7 @@ def test_a_run_in_use_is_refused(tmp_path):
     assert train.train(config, quiet)["steps"] == 2
 
 
-@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.skipif(
-    train.has_compiler() is None, reason="torch.compile on a CPU needs g++"))])
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=needs_compiler)])
 def test_runs_that_share_a_model_equal_lone_ones(compiled, tmp_path, monkeypatch):
     compilations, compile_ = [], torch.compile
     monkeypatch.setattr(torch, "compile",
@@ -2517,6 +2520,18 @@ def test_runs_killed_at_ten_moments_end_with_the_same_bytes(tmp_path):
         assert same_bytes(tmp_path / "whole", folder), i
         assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt",
                                                      "best.pt", "result.json"}
+
+
+@needs_compiler
+def test_compiled_runs_of_two_threads_end_with_the_same_bytes(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        folders = [train.train(short(tmp_path / x, compile="on", steps=8), quiet)["folder"]
+                   for x in "ab"]
+    finally:
+        torch.set_num_threads(threads)
+    assert same_bytes(*folders)
 
 
 def test_same_command_same_bytes_other_seed_other_run(tmp_path):

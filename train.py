@@ -979,6 +979,10 @@ class Run:
         if self.device == "cpu":
             self.say(f"memory   the allocator {tune_allocator()}")
             torch.set_flush_denormal(True)        # numbers below 1e-38 cost 100 times the time
+            # Else the threads of a compiled graph sum the embedding's gradient in any order. (What
+            # is allocated need not be filled for that, which is a mode of its own and slow.)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.dtype, reason = (fastest_dtype(self.device) if self.config.dtype == "auto" else
                               (getattr(torch, self.config.dtype), "asked for"))
         self.ranks.connect(self.device)
