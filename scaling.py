@@ -1114,6 +1114,7 @@ SHAPES = [(width, blocks) for blocks, widths in {
     24: [960, 1024, *range(1152, 1793, 128), 2048],
     32: [*range(2048, 3073, 256), 3584, 4096]}.items() for width in widths]
 LEAST_STEPS = 50
+PAPER_SIZES = (70e6, 7e9)               # parameters of the paper's models; a plan stays within
 ATTENTION = {"0": 0, "8.3": 12, "25": 4, "50": 2, "100": 1}       # % of blocks: one in how many
 # Tokens a step, from a budget on: the paper's, as recalled, not checked.
 BATCHES = {4e18: 2 ** 17, 2e19: 2 ** 18, 8e19: 2 ** 19}
@@ -1158,12 +1159,12 @@ def at_width(pattern, width):
     return " ".join(map(sized, pattern.split()))
 
 
-def choose_shapes(best, count, period):
-    """`count` shapes, evenly from best / 4 to 4 best parameters, depth a multiple of `period`."""
+def choose_shapes(low, high, count, period):
+    """`count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`."""
     shapes = {(width, -(-blocks // period) * period) for width, blocks in SHAPES}
     off = lambda shape, goal: abs(np.log(12 * shape[1] * shape[0] ** 2 / goal))
     chosen = []
-    for goal in np.geomspace(best / 4, 4 * best, count):
+    for goal in np.geomspace(low, high, count):
         chosen.append(min(sorted(shapes), key=lambda shape: off(shape, goal)))
         shapes.remove(chosen[-1])
     return sorted(chosen, key=lambda shape: shape[1] * shape[0] ** 2)
@@ -1181,13 +1182,14 @@ def price(pattern, width, context, vocab_size):
 
 
 def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parameter=20.0,
-                 seed=0):
+                 seed=0, reach=4, limits=(0, np.inf)):
     """
     The runs of a sweep, a dict each, budget by budget; those of fewer than 50 steps are left out.
 
-    Sizes: around N* = sqrt(C / (6 tokens_per_parameter)), the same shapes for all architectures.
-    That ratio is about 20 at scale (Hoffmann et al. 2022), and more in small runs, which are short
-    of steps: 66 for the transformer on bytes at 1e12 FLOPs, by these rules, one seed.
+    Sizes: from N* / reach to reach N*, within limits, N* = sqrt(C / (6 tokens_per_parameter)), the
+    same shapes for all architectures. That ratio is about 20 at scale (Hoffmann et al. 2022), and
+    more in small runs, which are short of steps: 77 for the transformer on bytes at 1e12 FLOPs
+    (results/sweep-fit.txt).
     Steps: what the budget buys by the model's own count of FLOPs, unembedding included. Learning
     rate: 0.003 at width 64, falling with its square root, untuned. Returns runs, left out.
     """
@@ -1197,7 +1199,8 @@ def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parame
     for budget, (arch, (unit, blocks)) in itertools.product(sorted(budgets), families.items()):
         best = (budget / 6 / tokens_per_parameter) ** 0.5
         batch = max(1, batch_tokens(budget) // context)               # sequences
-        for width, depth in choose_shapes(best, sizes, period):
+        low, high = np.clip([best / reach, best * reach], *limits)
+        for width, depth in choose_shapes(low, high, sizes, period):
             pattern = at_width(" ".join([unit] * (depth // blocks)), width)
             run = price(pattern, width, context, vocab_size)
             flops = run.pop("token_flops") * batch * context          # of a step
@@ -1397,7 +1400,7 @@ def say_left_out(runs, others):
 def run_plan(args):
     vocab_size = readable(tasks.vocab_size, args.tokenizer)
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
-                                  args.tokens_per_parameter)
+                                  args.tokens_per_parameter, reach=9, limits=PAPER_SIZES)
     say_left_out(left_out, runs)
     print(show_plan(runs, args.context, vocab_size, args.card, args.utilisation))
 

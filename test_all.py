@@ -1,8 +1,9 @@
 """
 What is claimed, as tests: each claim of the README and of the docstrings has one here.
 
-  tasks     the data are what the paper's appendix says, bit for bit; oracles are right wherever there is an answer
-  layers    for every entry of LAYERS, so that a new layer inherits them: fast path = plain loop with
+  tasks     the data are what the paper's appendix says, bit for bit; oracles are right
+            wherever there is an answer
+  layers    for every entry of LAYERS, so that a new layer inherits them: fast path = plain loop,
             gradients, causal, step = forward, counted state and FLOPs, bfloat16, compilation
   model     patterns, ledgers, generation
   train     the command line, the schedule, a run that learns, a run that is stopped and goes on,
@@ -456,8 +457,8 @@ DECAYS = {"none": 0.0, "mild": -0.1, "strong": -20.0}
 def test_convolutions_equal_their_loops(T, dtype, tolerance):
     u, h, w = normal(2, T, 6, dtype=dtype), normal(6, T + 3, dtype=dtype), normal(6, 3, dtype=dtype)
     for method in ("fft", "toeplitz", "auto"):
-        agree(lambda u, h: layers.long_conv(u, h, method=method), layers.long_conv.reference, (u, h),
-              tolerance)
+        agree(lambda u, h: layers.long_conv(u, h, method=method), layers.long_conv.reference,
+              (u, h), tolerance)
     agree(layers.short_conv, layers.short_conv.reference, (normal(2, 6, T, dtype=dtype), w),
           tolerance)
     agree(lambda x, w: layers.short_conv(x.mT, w, 1).mT, layers.short_conv.reference,
@@ -480,7 +481,7 @@ def test_recurrences_equal_their_loops(decay, T, dtype, tolerance):
     for bonus in (None, u):
         agree(scan, loop, (q, k, v, log_a, bonus), tolerance)
         agree(scan, loop, (q, k, v, None, bonus), tolerance)
-        shared = log_a[:1, :, :, :1].detach().requires_grad_()       # one decay a head, all sequences
+        shared = log_a[:1, :, :, :1].detach().requires_grad_()       # one decay a head
         agree(scan, loop, (q, k, v, shared, bonus), tolerance)
     with torch.no_grad():
         assert (scan(0 * q, k, v, log_a) == 0).all() and (scan(q, 0 * k, v, log_a, u) == 0).all()
@@ -832,7 +833,7 @@ def test_readme_snippet_passes_the_generic_tests(file, start, before, name, opti
 
 
 def recorded_times(name):
-    """{layer: its line's numbers} of tables that python layers.py printed; of two the faster one."""
+    """{layer: its line's numbers} of tables that layers.py printed; of two the faster one."""
     best = {}
     for line in (HERE / "results" / name).read_text().split("\n"):
         layer, *numbers = line.split() or [""]
@@ -944,7 +945,8 @@ def test_weight_decay_is_for_matrices_only():
     chosen = {id(p) for p in model.decayed(m)}
     names = {n: id(p) in chosen for n, p in m.named_parameters()}
     for n, yes in names.items():
-        if any(s in n for s in ("A_log", ".D", "bias", "norm", "taps", "bonus", "log_rate", "mix")) \
+        if any(s in n for s in ("A_log", ".D", "bias", "norm", "taps", "bonus", "log_rate",
+                                 "mix")) \
                 and not n.endswith(("mix_down.weight",)):
             assert not yes, n
     assert names["embed.weight"] and names["blocks.0.layer.xz.weight"]
@@ -1517,21 +1519,22 @@ def test_every_architecture_is_priced_and_built_at_every_kind_of_width(arch):
 
 
 def test_plan_adds_up(capsys):
-    """One row worked by hand: the transformer of 24 blocks of width 1024, context 2048, GPT-2."""
+    """One row worked by hand: the transformer of 24 blocks of width 1152, context 2048, GPT-2."""
     assert not scaling.main(["plan", "--archs", "transformer", "--budgets", "8e19", "--card",
                              "A100", "--utilisation", "0.5"])
     text = capsys.readouterr().out
-    row = next(line for line in text.splitlines() if line.split()[2:4] == ["1024", "24"]).split()
-    inner = model.Model("swiglu", 16, 1024).blocks[0].layer
+    row = next(line for line in text.splitlines() if line.split()[2:4] == ["1152", "24"]).split()
+    W = 1152
+    inner = model.Model("swiglu", 16, W).blocks[0].layer
     mlp = sum(p.numel() for p in inner.parameters())
-    N = 24 * (4 * 1024 ** 2 + mlp + 2 * 1024) + 1024     # with a norm before each layer and the last
-    total = N + 2 * 50257 * 1024
+    N = 24 * (4 * W ** 2 + mlp + 2 * W) + W     # norms before each layer and last
+    total = N + 2 * 50257 * W
     assert row[4:6] == [f"{N / 1e6:,.1f}", f"{total / 1e6:,.1f}"]
-    forward = 24 * (8 * 1024 ** 2 + 2 * mlp + 2 * 1024 * 2049) + 2 * 1024 * 50257
+    forward = 24 * (8 * W ** 2 + 2 * mlp + 2 * W * 2049) + 2 * W * 50257
     D = 8e19 / (3 * forward)
     assert float(row[6]) * 1e9 == pytest.approx(D, rel=2e-2) and row[7] == "256"   # 524,288 tokens
     assert int(row[8].replace(",", "")) == pytest.approx(D / 2 ** 19, rel=2e-2)
-    GB = (16 * total + 34 * 2048 * 1024 * 24 + 10 * 2048 * 50257) / 1e9
+    GB = (16 * total + 34 * 2048 * W * 24 + 10 * 2048 * 50257) / 1e9
     assert float(row[10]) == pytest.approx(GB, abs=0.051)
     assert float(row[11]) == pytest.approx(8e19 / (312e12 * 0.5) / 3600, abs=0.06)
     assert "recalled, not checked" in text and "7 runs, 5.6" in text and "context 2048" in text
@@ -1540,6 +1543,9 @@ def test_plan_adds_up(capsys):
     big = scaling.price(scaling.at_width(" ".join([model.ARCHS["hybrid"]] * 16), 4096), 4096, 2048,
                         50257)
     assert scaling.SHAPES[-1] == (4096, 32) and 6.5e9 < big["N_total"] < 7.5e9   # the paper's 7B
+    runs = scaling.isoflop_runs(["transformer"], [4e18, 8e19], 2048, 50257, reach=9,
+                                limits=scaling.PAPER_SIZES)[0]
+    assert 7e7 < min(r["N"] for r in runs) < 7.5e7 and 6.5e9 < max(r["N"] for r in runs) < 7e9
     assert not scaling.main(["plan", "--budgets", "8e19", "--card", "RTX 4090"])
     assert "!" in capsys.readouterr().out                # 24 GB are not enough for all of them
 
@@ -1603,7 +1609,7 @@ def logged(folder):
 
 
 def test_the_hybrid_learns_recall(tmp_path):
-    """A short run gets at least 0.5 above chance (1/8); attention alone does not, as in the paper."""
+    """A short run gets at least 0.5 above chance (1/8); attention alone does not."""
     accuracy = {}
     for arch in ("hybrid", "transformer"):
         config = train.TrainConfig(arch=arch, seq_len=64, num_train=6400, steps=200, lr=3e-3,
@@ -1616,7 +1622,7 @@ def test_the_hybrid_learns_recall(tmp_path):
 def test_schedule_is_really_applied(tmp_path):
     result = train.train(small(tmp_path, lr=1e-3), quiet)
     rates = {line["step"]: line["lr"] for line in logged(result["folder"]) if "lr" in line}
-    for step, rate in rates.items():                     # logged after `step` steps: of the last one
+    for step, rate in rates.items():                     # logged after `step` steps
         expected = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * (step - 1) / 30)) / 2
         assert rate == pytest.approx(expected)
     assert len(rates) >= 3 and rates[30] < 1e-5
@@ -1684,7 +1690,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_macro_accuracy_is_torchmetrics():
-    """Mean recall over the classes that occur; worked by hand: 1/2, 1/1, 0 and a class said only."""
+    """Mean recall over the classes that occur; worked by hand: 1/2, 1/1, 0, one said only."""
     said, right = torch.tensor([0, 3, 1, 1]), torch.tensor([0, 0, 1, 2])
     assert train.macro_accuracy(said, right, 9) == pytest.approx((1 / 2 + 1 + 0 + 0) / 4)
 
@@ -1705,9 +1711,11 @@ def test_partial_batches_are_tested_whole(tmp_path):
     (["--arhc", "mamba"], "did you mean --arch"), (["--arch", "mambo"], "Did you mean mamba"),
     (["--task", "incontext-recall"], "did you mean in-context-recall"),
     (["--layers", "mh-attenton swiglu"], "did you mean mh-attention"),
-    (["--lr", "-1"], "lr is -1.0"), (["--lr", "nan"], "lr is nan"), (["--steps", "0"], "at least 1"),
+    (["--lr", "-1"], "lr is -1.0"), (["--lr", "nan"], "lr is nan"),
+    (["--steps", "0"], "at least 1"),
     (["--seq-len", "127"], "even number"), (["--device", "tpu9"], "try --device cpu"),
-    (["--steps", "ten"], "invalid"), (["--compile", "maybe"], "on, max-autotune, off"), (["--name", "//"], "name")])
+    (["--steps", "ten"], "invalid"), (["--compile", "maybe"], "on, max-autotune, off"),
+    (["--name", "//"], "name")])
 def test_mistakes_on_the_command_line_end_in_one_line(args, message, tmp_path):
     done = command(*args, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
@@ -1721,7 +1729,8 @@ def test_help_and_a_run_from_the_command_line(tmp_path):
     done = command("--arch", "mamba", "--task", "compression", "--seq-len", 16, "--num-train", 256,
                    "--steps", 4, "--dim", 32, "--eval-every", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("device", "dtype", "compile", "decay", "total", "test accuracy", "chance", "next:"):
+    for word in ("device", "dtype", "compile", "decay", "total", "test accuracy", "chance",
+                 "next:"):
         assert word in done.stdout
     assert "test_acc" in done.stderr and "tokens_s" in done.stderr
 
