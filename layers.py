@@ -100,14 +100,29 @@ def fft_length(T):
     return next(n for n in range(max(2, 2 * T - 1), 8 * T) if n % 2 == 0 and smooth(n))
 
 
+# The arrays inside such an operation are larger than what goes in and out. On a CPU they needn't
+# leave its cache: a piece of the batch, or a stretch of time, is done with before the next begins.
+CACHED = 1 << 19                      # numbers of one such array in a piece: 2 MB in float32
+
+
+def _pieces(u, n):
+    """Slices of the batch of u (B, D, T) whose transforms of length n stay in cache."""
+    rows = max(1, CACHED // (u.shape[1] * n)) if u.device.type == "cpu" else len(u)
+    return [slice(b, b + rows) for b in range(0, len(u), rows)]
+
+
 # An operator of its own, since torch.compile has no code for complex numbers: it calls this as it
 # is, without a graph break. The spectra are outputs, so that the backward pass can reuse them.
 @torch.library.custom_op("nanomad::fft_conv", mutates_args=())
 def _fft_conv(u: torch.Tensor, h: torch.Tensor
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     T, n = u.shape[2], fft_length(u.shape[2])
-    fu, fh = torch.fft.rfft(u, n), torch.fft.rfft(h, n)           # (B, D, n/2 + 1), (D, n/2 + 1)
-    return torch.fft.irfft(fu * fh, n)[..., :T].contiguous(), fu, fh          # (B, D, T)
+    y, fh = torch.empty(u.shape, dtype=u.dtype, device=u.device), torch.fft.rfft(h, n)
+    fu = fh.new_empty(*u.shape[:2], n // 2 + 1)                               # (B, D, n/2 + 1)
+    for b in _pieces(u, n):
+        fu[b] = torch.fft.rfft(u[b], n)
+        y[b] = torch.fft.irfft(fu[b] * fh, n)[..., :T]
+    return y, fu, fh
 
 
 @_fft_conv.register_fake
@@ -123,10 +138,13 @@ def _(u, h):
 def _fft_conv_backward(g: torch.Tensor, fu: torch.Tensor, fh: torch.Tensor
                        ) -> tuple[torch.Tensor, torch.Tensor]:
     T, n = g.shape[2], fft_length(g.shape[2])
-    fg = torch.fft.rfft(g, n)                                                 # (B, D, n/2 + 1)
-    dh = torch.fft.irfft((fg * fu.conj()).sum(0), n)[:, :T].contiguous()      # (D, T)
-    du = torch.fft.irfft(fg.mul_(fh.conj()), n)[..., :T].contiguous()         # (B, D, T)
-    return du, dh
+    du, dh = torch.empty(g.shape, dtype=g.dtype, device=g.device), torch.zeros_like(fh)
+    back = fh.conj().resolve_conj()
+    for b in _pieces(g, n):
+        fg = torch.fft.rfft(g[b], n)                                          # (rows, D, n/2 + 1)
+        dh += (fg * fu[b].conj()).sum(0)
+        du[b] = torch.fft.irfft(fg.mul_(back), n)[..., :T]
+    return du, torch.fft.irfft(dh, n)[:, :T].contiguous()                     # (B, D, T), (D, T)
 
 
 @_fft_conv_backward.register_fake
@@ -287,7 +305,6 @@ def selective_scan_reference(x, dt, A, B, C):
 # a, b and h are N times as large as x and y. On a CPU they never leave its cache: a stretch of time
 # is computed whole before the next begins, and computed again in the backward pass from the state
 # that it began with (the idea of Mamba's kernel, section 3.3.2, one level of memory further up).
-CACHED = 1 << 19                      # numbers of one such array in a stretch: 2 MB in float32
 
 
 def _stretches(x, N):

@@ -1447,9 +1447,9 @@ PRESETS = {
     # One setting a task: the baseline, but for memorization, which all architectures solve there.
     # Tasks are learned in optimizer steps, so a small batch and a high rate cut the cost.
     "quick": Preset(
-        settings=((tasks.BASELINES["in-context-recall"], 1000),
+        settings=((tasks.BASELINES["in-context-recall"], 1600),
                   (tasks.BASELINES["fuzzy-in-context-recall"], 800),
-                  (tasks.BASELINES["noisy-in-context-recall"], 1000),
+                  (tasks.BASELINES["noisy-in-context-recall"], 2400),
                   (tasks.BASELINES["selective-copying"], 500),
                   (tasks.BASELINES["compression"], 1600),
                   (dataclasses.replace(tasks.BASELINES["memorization"], vocab_size=4096), 1000)),
