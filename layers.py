@@ -58,10 +58,14 @@ def plain_loops():
 
 def defined_by(reference):
     """Pair a fast path with the plain loop that defines it; a test compares every such pair."""
+    known = inspect.signature(reference).parameters
+
     def pair(fast):
         @functools.wraps(fast)
-        def either(*args, **how):                  # keywords say how, which a definition ignores
-            return reference(*args) if PLAIN else fast(*args, **how)
+        def either(*args, **named):         # what the loop doesn't know says how, not what: method
+            if PLAIN:
+                return reference(*args, **{k: v for k, v in named.items() if k in known})
+            return fast(*args, **named)
         either.reference = reference
         return either
     return pair
@@ -154,6 +158,7 @@ def _(g, fu, fh):
 
 
 def _fft_conv_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)             # the spectra have no gradient: make no zeros of it
     ctx.save_for_backward(*output[1:])
 
 
@@ -173,8 +178,8 @@ def toeplitz(h, T):
 @defined_by(long_conv_reference)
 def long_conv(u, h, method="auto"):
     """
-    Causal convolution along T of u (B, T, D) with filters h (D, T'), T' >= T -> (B, T, D), in
-    float32 or float64. O(T log T) as an FFT, O(T^2) as a product with the Toeplitz matrix of h.
+    Causal convolution along T of u (B, T, D) with filters h (D, T'), T' >= T -> (B, T, D). O(T log
+    T) as an FFT, O(T^2) as a product with the Toeplitz matrix of h, which autocast takes in bf16.
 
     method: "fft", "toeplitz" or "auto": the matrix on a CPU up to T = 64, as `python layers.py
     --break-even` measured; on a GPU, whose matrix units are faster, up to 512 (a guess so far).
@@ -236,7 +241,7 @@ def _scan_loop(a, b, reverse):
 
 def _scan_blocks(a, b):
     """
-    The same in 3 sqrt(T) kernels instead of T, for devices where a launch is dear: scan all chunks
+    The same in 5 sqrt(T) kernels instead of T, for devices where a launch is dear: scan all chunks
     side by side from zero, then hand each chunk the end of the one before, times its decay so far.
     """
     B, T, N = b.shape
@@ -293,12 +298,18 @@ def linear_scan(a, b):
 #   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,     y_t = C_t . h_t          (a state of N a channel)
 
 
+def selective_step(h, x, dt, A, B, C):
+    """One token. h (B, N, C), x and dt (B, C), A (C, N), B and C (B, N) -> y (B, C), h."""
+    h = (dt[:, None] * A.T).exp() * h + (dt * x)[:, None] * B[..., None]
+    return (h * C[..., None]).sum(1), h
+
+
 def selective_scan_reference(x, dt, A, B, C):
-    """The definition. x, dt (B, T, C), A (C, N), B and C (B, T, N) -> y (B, T, C)."""
+    """The definition: a loop of `selective_step`."""
     h, ys = x.new_zeros(x.shape[0], A.shape[1], x.shape[2]), []               # (B, N, C)
     for t in range(x.shape[1]):
-        h = (dt[:, t, None] * A.T).exp() * h + (dt * x)[:, t, None] * B[:, t, :, None]
-        ys.append((h * C[:, t, :, None]).sum(1))
+        y, h = selective_step(h, x[:, t], dt[:, t], A, B[:, t], C[:, t])
+        ys.append(y)
     return torch.stack(ys, 1)
 
 
@@ -372,6 +383,7 @@ def _(g, x, dt, A, B, C, starts):
 
 
 def _selective_scan_save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
 
 
@@ -419,8 +431,9 @@ def gated_linear_scan_reference(q, k, v, log_a=None, u=None):
 def decayed_scores(q, k, log_a, u):
     """
     Scores (.., C, C) of one chunk: entry (t, s) = sum_K q_t k_s prod(a_{s+1} .. a_t) for s <= t
-    (RWKV: up to a_{t-1}, and u on the diagonal), with the decay from the chunk's start up to each
-    t, and from each s to its end. q, k, log_a (.., C, K), C a power of 2.
+    (RWKV: up to a_{t-1}, and u on the diagonal); and the logarithms of the decay from the chunk's
+    start up to each t, from each s to its end, and of all of it. q, k, log_a (.., C, K), C a power
+    of 2.
 
     Dividing cumulative products explodes, and forming all C x C x K decays is slow. Instead double
     the blocks: log2 C times, join two neighbours; a pair (t, s) that meets in the join is separated
@@ -452,7 +465,7 @@ def gated_linear_scan(q, k, v, log_a=None, u=None, chunk=64):
     attention, between chunks by its state. O(T C), stable for any decay.
 
     Args: q, k (B, H, T, K), v (B, H, T, V), log_a <= 0 (B or 1, H, T, K or 1), None: no decay,
-        u (H, K) or None. Returns (B, H, T, V), float32 or float64.
+        u (H, K) or None. Returns (B, H, T, V); under autocast its products are bf16.
     """
     q, k, v, T = *at_least_float32(q, k, v), q.shape[2]
     C = min(chunk, 1 << (T - 1).bit_length())
@@ -492,7 +505,7 @@ class Layer(nn.Module):
         return self(x[:, None])[:, 0], state
 
     def matmul_flops(self, T):
-        """Products with weights, one sequence: 2 T x inputs x outputs of every nn.Linear."""
+        """Of the plain loop's matrix products, one sequence: here those of every nn.Linear."""
         return sum(2 * T * m.in_features * m.out_features for m in self.modules()
                    if isinstance(m, nn.Linear))
 
@@ -500,11 +513,14 @@ class Layer(nn.Module):
         return 0
 
     def flops(self, T):
-        """Forward FLOPs of one sequence of length T; norms and activations are left out."""
+        """
+        Forward FLOPs of one sequence of length T, whichever fast path computes it; norms and
+        activations are left out.
+        """
         return self.matmul_flops(T) + self.mixing_flops(T)
 
     def nominal(self, T):
-        """State in numbers as the paper counts it; its models have 4096 in all."""
+        """State in numbers as the paper counts it."""
         return 0
 
 
@@ -558,12 +574,11 @@ class ShortConv(nn.Module):
     def __init__(self, channels, width, bias=False):
         super().__init__()
         self.taps = nn.Parameter(torch.empty(channels, width).uniform_(-1, 1) / width ** 0.5)
-        self.bias = nn.Parameter(torch.zeros(channels, 1)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
-    def forward(self, x, time=2):                          # (B, C, T), or with time=1 (B, T, C)
-        y = short_conv(x, self.taps.to(x.dtype), time)
-        bias = self.bias if time == 2 or self.bias is None else self.bias[:, 0]
-        return y if bias is None else y + bias.to(x.dtype)
+    def forward(self, x, time=2):                # (B, C, T), or with time=1 (as a bias needs)
+        y = short_conv(x, self.taps.to(x.dtype), time)                        # (B, T, C)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def init_state(self, batch, device=None, dtype=None):
         channels, width = self.taps.shape
@@ -572,7 +587,7 @@ class ShortConv(nn.Module):
     def step(self, x, tail):                                                  # x (B, C)
         window = torch.cat((tail, x[..., None]), -1)                          # (B, C, width)
         y = (window * self.taps.flip(1)).sum(-1)
-        return y if self.bias is None else y + self.bias[:, 0], window[..., 1:]
+        return y if self.bias is None else y + self.bias, window[..., 1:]
 
 
 class Router(nn.Module):
@@ -715,7 +730,7 @@ class Attention(Layer):
             slot = (t % self.window)[None]
             keys, values = keys.index_copy(2, slot, k), values.index_copy(2, slot, v)
             seen = (torch.arange(self.window, device=x.device) <= t)[None]
-        p = (q @ keys.mT / q.shape[-1] ** 0.5 + hide(seen, q)).softmax(-1)    # (B, H, 1, t)
+        p = (q @ keys.mT / q.shape[-1] ** 0.5 + hide(seen, q)).softmax(-1)    # (B, H, 1, t or W)
         return self.out(merge_heads(p @ values))[:, 0], (keys, values, t + 1)
 
     def matmul_flops(self, T):
@@ -822,7 +837,7 @@ def make_filter(name, channels, max_len, order):
 class Hyena(Layer):
     """
     q, k, v = short_conv(x W_q, x W_k, x W_v);  y = (q * (h conv (k * v))) W_o
-    (Poli et al. 2023, order 2, section 3.1.)
+    (Poli et al. 2023, section 3.1, with its two gates.)
 
     Args: expand: inner width over D; the `expand` groups of D channels share their projections
         (tied, paper appendix) but have short and long filters of their own. kernel: taps of the
@@ -866,6 +881,7 @@ class Hyena(Layer):
         return int(T * self.inner * (6 * taps + 10 * math.log2(max(T, 2)) + 4))
 
     def nominal(self, T):
+        """The paper counts `order` numbers a channel, as if each were a mode of the filter."""
         return self.inner * self.order
 
 
@@ -999,10 +1015,11 @@ class MultiHeadHyena(Layer):
 class GatedLinearRecurrence(Layer):
     """
     Forward, step and cost of the four that follow. Each says how tokens become (q, k, v, log_a, u)
-    in `project`, and what happens to y in `readout`. `extra` is what v is widened by.
+    in `project`, and what happens to y in `readout`. `shifts`: projects with the token before, too,
+    which then is state beside S. `extra` is what v is widened by.
     """
 
-    token_shift, extra = False, 0
+    shifts, extra = False, 0
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -1011,22 +1028,22 @@ class GatedLinearRecurrence(Layer):
         self.out = linear(dim, dim)
 
     def forward(self, x):
-        q, k, v, log_a, u, gate = self.project(x, token_shift(x) if self.token_shift else None)
+        q, k, v, log_a, u, gate = self.project(x, token_shift(x) if self.shifts else None)
         return self.out(self.readout(gated_linear_scan(q, k, v, log_a, u), gate).to(x.dtype))
 
     def init_state(self, batch, device=None, dtype=None):
         at = dict(device=device, dtype=dtype)
         S = torch.zeros(batch, self.heads, self.width, self.width + self.extra, **at)
-        return S, (torch.zeros(batch, self.dim, **at) if self.token_shift else ())
+        return S, (torch.zeros(batch, self.dim, **at) if self.shifts else ())
 
     def step(self, x, state):
         S, before = state
-        before = before[:, None] if self.token_shift else None
+        before = before[:, None] if self.shifts else None
         q, k, v, log_a, u, gate = self.project(x[:, None], before)
         log_a = None if log_a is None else log_a[:, :, 0]
         y, S = gated_linear_step(S, q[:, :, 0], k[:, :, 0], v[:, :, 0], log_a, u)
         y = self.out(self.readout(y[:, :, None], gate).to(x.dtype))[:, 0]
-        return y, (S, x if self.token_shift else ())
+        return y, (S, x if self.shifts else ())
 
     def mixing_flops(self, T):
         """Update and read of a state of D x V numbers a token: 5 each (decay, outer, add, read)."""
@@ -1101,12 +1118,12 @@ class RWKV5(GatedLinearRecurrence):
     token; y = (norm(..) * silu(g)) W_o   (Peng et al. 2024, Eagle, section 4.1).  Args: heads H.
     """
 
-    token_shift = True
+    shifts, mixed = True, 4
 
     def __init__(self, dim, max_len, heads=8):
         super().__init__(dim, heads)
         ramp = torch.arange(dim) / dim
-        self.mix = nn.Parameter(ramp.repeat(5, 1))          # of x_{t-1} in r, k, v, g (and w in v6)
+        self.mix = nn.Parameter(ramp.repeat(self.mixed, 1))     # share of x_{t-1} in r, k, v, g (w)
         self.r, self.k, self.v, self.g = (linear(dim, dim) for _ in range(4))
         self.log_rate = nn.Parameter(-6 + 5 * ramp)         # half-lives from 280 tokens to 2
         self.bonus = nn.Parameter(torch.full((heads, self.width), 0.5))
@@ -1114,15 +1131,15 @@ class RWKV5(GatedLinearRecurrence):
         self.norm_bias = nn.Parameter(torch.zeros(heads, 1, self.width))
 
     def mixtures(self, x, before):
-        return x + (before - x) * self.mix[:, None, None].to(x.dtype)         # (5, B, T, D)
+        return x + (before - x) * self.mix[:, None, None].to(x.dtype)         # (4, B, T, D)
 
     def log_decay(self, x):
         return -self.log_rate.exp().expand(1, x.shape[-2], -1)                # (1, T, D)
 
     def project(self, x, before):
-        xr, xk, xv, xg, xw = self.mixtures(x, before)
+        xr, xk, xv, xg, *xw = self.mixtures(x, before)
         q, k, v, log_a = (split_heads(p.mT, self.heads).mT for p in
-                          (self.r(xr), self.k(xk), self.v(xv), self.log_decay(xw)))
+                          (self.r(xr), self.k(xk), self.v(xv), self.log_decay(*xw or (x,))))
         return q * self.width ** -0.5, k, v, log_a, self.bonus, self.g(xg)
 
     def readout(self, y, gate):
@@ -1135,6 +1152,8 @@ class RWKV6(RWKV5):
     RWKV-5 whose mixtures and decays depend on the token, each through a low-rank tanh
     (Peng et al. 2024, Finch, section 4.2).  Args: heads H; ranks of the mixtures and of the decay.
     """
+
+    mixed = 5                                               # w, too
 
     def __init__(self, dim, max_len, heads=8, mix_rank=32, decay_rank=64):
         super().__init__(dim, max_len, heads)
@@ -1205,8 +1224,8 @@ class Mamba(Layer):
         x, tail = self.short.step(x, tail)
         x = F.silu(x)
         dt, B, C = self.selection(x)
-        h = (dt[:, None] * -self.A_log.exp().T).exp() * h + (dt * x)[:, None] * B[..., None]
-        return self.readout((h * C[..., None]).sum(1), x, z), (tail, h)
+        y, h = selective_step(h, x, dt, -self.A_log.exp(), B, C)
+        return self.readout(y, x, z), (tail, h)
 
     def mixing_flops(self, T):
         """
@@ -1339,7 +1358,8 @@ class RWKVChannelMixer(Layer):
 
 
 # =================================================================================================
-# The table, with the paper's settings at width 128 (a total state of 4096 in two blocks)
+# The table, with MAD's settings at width 128. Two blocks of a fixed-state mixer hold 4096 numbers
+# of state, the paper's common size; not of attention, sliding windows, and one wide head.
 # =================================================================================================
 
 LAYERS = {
@@ -1365,6 +1385,12 @@ LAYERS = {
 }
 
 
+def unknown(kind, name, known):
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return ValueError(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(known)}")
+
+
 def check_setting(name, key, value, default):
     """A setting is of its default's kind; one whose default is None takes a whole number too."""
     if value is default:
@@ -1379,9 +1405,7 @@ def check_setting(name, key, value, default):
 def build_layer(name, dim, max_len, /, **overrides):
     """The layer of that name in LAYERS, with its MAD settings or the given ones instead."""
     if name not in LAYERS:
-        close = difflib.get_close_matches(name, LAYERS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown layer {name!r}{hint} The layers are: {', '.join(LAYERS)}")
+        raise unknown("layer", name, LAYERS)
     cls, settings = LAYERS[name]
     allowed = dict(list(inspect.signature(cls.__init__).parameters.items())[3:])
     for key, value in overrides.items():
@@ -1665,7 +1689,7 @@ def parse_args():
     args.layers = args.layers.split(",")
     for name in args.layers:
         if name not in LAYERS:
-            parser.error(f"unknown layer {name!r}; the layers are: {', '.join(LAYERS)}")
+            parser.error(str(unknown("layer", name, LAYERS)))
     if args.plot and not args.show:
         parser.error("--plot draws what --show asks for: --show mamba --plot mamba.png")
     if args.device == "cuda" and not torch.cuda.is_available():

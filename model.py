@@ -16,7 +16,6 @@ A block is x + layer(norm(x)). Two backbones (Poli et al. 2024, section 3):
 """
 import argparse
 import ast
-import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import LAYERS, Experts, ImplicitFilter, RMSNorm, build_layer, count_state
+from layers import LAYERS, Experts, ImplicitFilter, RMSNorm, build_layer, count_state, unknown
 
 # =================================================================================================
 # Patterns
@@ -80,9 +79,7 @@ def find_pattern(arch):
     """The pattern of an architecture's name. ValueError with the closest name if there is none."""
     if arch in ARCHS:
         return ARCHS[arch]
-    close = difflib.get_close_matches(arch, ARCHS, 1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    raise ValueError(f"unknown architecture {arch!r}.{hint} Choose from: {', '.join(ARCHS)}")
+    raise unknown("architecture", arch, ARCHS)
 
 
 def parse_pattern(pattern):
@@ -221,7 +218,7 @@ def decayed(model):
     """
     The parameters that get weight decay: matrices that multiply activations (nn.Linear, Experts)
     and the embedding. Not norms, biases, filters (an implicit one's small MLP multiplies times, not
-    activations), Mamba's A and D, RWKV's decays and mixtures.
+    activations), Mamba's A and D, RWKV's mixtures, their low-rank upper half, bonus and rates.
     """
     inside = {id(p) for m in model.modules() if isinstance(m, ImplicitFilter)
               for p in m.parameters()}

@@ -62,8 +62,8 @@ class Setting:
     num_test: int = 1_280
     noise_vocab_size: int = 0        # noisy recall: how many of the ids are noise
     frac_noise: float = 0.0          # noisy recall: probability that a pair is noise
-    num_tokens_to_copy: int = 16     # read by selective copying only
-    max_motif: int = 3               # read by fuzzy recall only
+    num_tokens_to_copy: int = 16     # of selective copying
+    max_motif: int = 3               # of fuzzy recall
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -128,8 +128,9 @@ def dice(setting, seed, *label):
     """
     A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32.
 
-    Each (setting, seed, label) has its own stream. num_train and num_test don't count: with less
-    training data a task keeps its test data and the first of its training data.
+    Each (setting, seed, label) has its own stream: a field more or less in Setting changes all
+    data. num_train and num_test alone don't count: with less training data a task keeps its test
+    data and the first of its training data.
     """
     task = dataclasses.replace(setting, num_train=1, num_test=1)
     name = repr((dataclasses.astuple(task), seed, label)).encode()
@@ -412,7 +413,7 @@ def mad_settings(task=None):
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
     return [dataclasses.replace(BASELINES[name], **change)
-            for name in TASKS if task in (None, name)
+            for name in (CHANGES if task is None else [task])
             for change in [{}, *({field: value} for field, values in CHANGES.get(name, {}).items()
                                  for value in values)]]
 
@@ -477,6 +478,7 @@ PIECE = 1 << 22      # characters or tokens read at a time
 SIZES = {"bytes": 256, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277,
          "o200k_base": 200019}                           # known without tiktoken's download
 MAGICS = (20240520, 20240801)                            # of llm.c's shards, for gpt-2 and llama-3
+LIBRARY = f"standard library of Python {platform.python_version()}"       # the default corpus
 SHARDS = {1: "<u2", 7: "<u4"}                            # their versions
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -523,7 +525,7 @@ def read_text(files):
                 while piece := file.read(PIECE):
                     rest += piece
                     cut = re.match(r".*[^\W_](?=\r?\n)", rest, re.DOTALL)   # the last such place
-                    end = cut.end() if cut else len(rest)
+                    end = cut.end() if cut else len(rest) if len(rest) >= PIECE else 0
                     yield rest[:end]
                     rest = rest[end:]
         except UnicodeDecodeError as error:
@@ -646,13 +648,6 @@ def library_files():
     if not files:
         raise ValueError(f"{root} has no .py files: this Python comes without sources; give --data")
     return sorted(files, key=lambda f: f.relative_to(root).as_posix())
-
-
-def standard_library():
-    """The default corpus, which needs no download: (name, bytes as a uint8 array, SHA-256)."""
-    data = b"".join(path.read_bytes() for path in library_files())
-    name = f"standard library of Python {platform.python_version()}"
-    return name, np.frombuffer(data, np.uint8), hashlib.sha256(data).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -466,7 +466,7 @@ class TextData:
             raise ValueError(f"batch_size is {self.batch_size}; permitted: a multiple of {parts} "
                              f"({ranks.count} processes x accumulate {config.accumulate})")
         self.rows = self.batch_size // parts              # of one forward pass
-        self.name = Path(config.data).name if config.data else tasks.standard_library()[0]
+        self.name = Path(config.data).name if config.data else tasks.LIBRARY
         self.tokens = tokens = tasks.load_tokens(config.data, config.tokenizer)
         self.cut, self.vocab_size = len(tokens) * 9 // 10, tasks.vocab_size(config.tokenizer)
         self.room = (len(tokens) - self.cut - 1) // self.length       # windows side by side
@@ -1405,8 +1405,8 @@ def summary(config, r):
     other = "transformer" if config.arch != "transformer" else "hybrid"
     task = "" if config.task == TrainConfig.task else f" --task {config.task}"
     which = shlex.join(["--layers", config.layers] if config.layers else ["--arch", config.arch])
-    lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens, {r['macro_accuracy']:.4f} "
-             f"averaged over classes; chance {r['chance']:.3f}",
+    lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens (chance {r['chance']:.3f}), "
+             f"{r['macro_accuracy']:.4f} averaged over classes",
              f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})",
              f"time             {speed_of(r)}",
              f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
@@ -1865,11 +1865,12 @@ def percent(value):
 def mad_summary(grid, record, ended):
     """What the runs came to."""
     c, rows = record["counts"], list(record["tasks"].items())
-    lines = ["", f"{'accuracy, %':<26}{'token':>9}{'macro':>9}{'chance':>9}"]
-    lines += [f"{task:<26}" + "".join(percent(v[k]) for k in ("token", "macro", "chance"))
+    lines = ["", f"{'accuracy, %':<26}{'token':>9}{'chance':>9}{'macro':>9}"]
+    lines += [f"{task:<26}" + "".join(percent(v[k]) for k in ("token", "chance", "macro"))
               for task, v in rows]
-    lines += [f"{'MAD score':<26}{percent(record['mean'])}{percent(record['macro_mean'])}"] * (
-        (record["mean"] is not None))
+    if record["mean"] is not None:
+        lines += [f"{'MAD score':<26}{percent(record['mean'])}{'':>9}"
+                  f"{percent(record['macro_mean'])}"]
     lines += ["", f"runs     {c['runs']}: {c['reused']} reused, {c['trained']} trained, "
               f"{c['skipped']} skipped (another run of their setting reached "
               f"{100 * grid.config.early_stop:g}%), {c['failed']} failed, {c['open']} not finished"]
