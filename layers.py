@@ -296,6 +296,7 @@ def linear_scan(a, b):
 
 # -------------------------------------------------------------------------------------------------
 #   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,     y_t = C_t . h_t          (a state of N a channel)
+# A, B and C as arguments are Mamba's; in the shapes B is the batch and C the channels, as ever.
 
 
 def selective_step(h, x, dt, A, B, C):
@@ -399,7 +400,7 @@ def selective_scan(x, dt, A, B, C):
     """Mamba's recurrence. x, dt (B, T, C), A (C, N), B and C (B, T, N) -> y (B, T, C), float32."""
     x, dt, A, B, C = at_least_float32(x, dt, A, B, C)
     if x.device.type == "cpu":
-        return _selective_scan(x, dt, A.T.contiguous(), B, C)[0]
+        return _selective_scan(x, dt, A.T.contiguous(), B, C)[0]              # inside, A is (N, C)
     a, b = (dt[:, :, None] * A.T).exp(), (dt * x)[:, :, None] * B[..., None]  # (B, T, N, C)
     return (linear_scan(a, b) * C[..., None]).sum(2)
 
@@ -638,6 +639,15 @@ def hide(mask, like):
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, -torch.inf)
 
 
+def row_blocks(T):
+    """
+    Blocks [t, end) of a causal (T, T) matrix's rows, each to be computed up to column end: that
+    skips most of what is masked. An eighth of T each: fewer skip less, more are slower to start.
+    """
+    rows = max(64, -(-T // 8))
+    return [(t, min(t + rows, T)) for t in range(0, T, rows)]
+
+
 def windowed_attention(q, k, v, window):
     """O(T W): blocks of W queries, each looking at its own block of keys and the one before."""
     T, W = q.shape[2], window
@@ -655,17 +665,15 @@ def windowed_attention(q, k, v, window):
 def causal_attention(q, k, v, window=None):
     """
     Attention by torch's fused kernel on GPUs. On CPUs that kernel's backward pass is slow for
-    narrow heads: two matrix products and a softmax there, in row blocks that skip what is masked
-    anyway (an eighth of T each, 64 at least: fewer skip less, more are slower to start).
+    narrow heads: two matrix products and a softmax there, in row blocks.
     """
     T, width = q.shape[2], q.shape[-1]
     if window is not None and window < T:
         return windowed_attention(q / width ** 0.5, k, v, window)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    q, ys, rows = q / width ** 0.5, [], max(64, -(-T // 8))
-    for t in range(0, T, rows):
-        end = min(t + rows, T)
+    q, ys = q / width ** 0.5, []
+    for t, end in row_blocks(T):
         seen = torch.ones(end - t, end, dtype=torch.bool, device=q.device).tril(t)
         scores = q[:, :, t:end] @ k[:, :, :end].mT + hide(seen, q)
         ys.append(v[:, :, :end].mT @ scores.softmax(-1).mT)                   # (B, H, K, rows)
@@ -724,13 +732,12 @@ class Attention(Layer):
         keys, values, t = state
         q, k, v = self.project(x[:, None], rotary_table(t[None], self.dim // self.heads))
         if self.window is None:
-            keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-            seen = torch.ones(1, keys.shape[2], dtype=torch.bool, device=x.device)
+            keys, values, empty = torch.cat((keys, k), 2), torch.cat((values, v), 2), 0.0
         else:                                             # overwrite the oldest entry of the ring
             slot = (t % self.window)[None]
             keys, values = keys.index_copy(2, slot, k), values.index_copy(2, slot, v)
-            seen = (torch.arange(self.window, device=x.device) <= t)[None]
-        p = (q @ keys.mT / q.shape[-1] ** 0.5 + hide(seen, q)).softmax(-1)    # (B, H, 1, t or W)
+            empty = hide((torch.arange(self.window, device=x.device) <= t)[None], q)
+        p = (q @ keys.mT / q.shape[-1] ** 0.5 + empty).softmax(-1)            # (B, H, 1, t or W)
         return self.out(merge_heads(p @ values))[:, 0], (keys, values, t + 1)
 
     def matmul_flops(self, T):
@@ -777,14 +784,14 @@ class ImplicitFilter(nn.Module):
             h = self.readout(z) * (-self.delta * t).exp()                     # (T, C)
             return torch.cat((h[:1] + self.skip, h[1:])).T
 
-    def init_state(self, batch, *shape, device=None, dtype=None):
-        return torch.zeros(batch, 0, *shape, device=device, dtype=dtype)
+    def init_state(self, batch, channels, device=None, dtype=None):
+        return torch.zeros(batch, 0, channels, device=device, dtype=dtype)
 
     def step(self, u, history):
-        """u (B, C, ...) -> sum_s h_{t-s} u_s of the same shape, longer history (B, t, C, ...)."""
+        """u (B, C) -> sum_s h_{t-s} u_s of the same shape, longer history (B, t, C)."""
         history = torch.cat((history, u[:, None]), 1)
         h = self(history.shape[1]).flip(1)                                    # (C, t), newest last
-        return torch.einsum("bsc...,cs->bc...", history, h.to(u.dtype)), history
+        return torch.einsum("bsc,cs->bc", history, h.to(u.dtype)), history
 
 
 class ModalFilter(nn.Module):
@@ -937,8 +944,7 @@ def toeplitz_attention(q, k, v, h, method="auto"):
         method = "mask" if T <= (256 if q.device.type == "cpu" else 2048) else "fft"
     if method == "mask":
         mask, ys = toeplitz(h, T).to(q.dtype), []                             # (H, s, t)
-        for t in range(0, T, rows := max(64, -(-T // 8))):       # blocks skip what is masked anyway
-            end = min(t + rows, T)
+        for t, end in row_blocks(T):
             scores = k[:, :, :end] @ q[:, :, t:end].mT * mask[:, :end, t:end]
             ys.append(v[..., :end] @ scores)                                  # (B, H, V, rows)
         return torch.cat(ys, 3).mT
@@ -1159,7 +1165,7 @@ class RWKV6(RWKV5):
         super().__init__(dim, max_len, heads)
         self.mix_x = nn.Parameter(torch.arange(dim) / dim)
         self.mix_down = linear(dim, 5 * mix_rank)
-        self.mix_up = nn.Parameter(torch.randn(5, mix_rank, dim) * 0.01)
+        self.mix_up = nn.Parameter(torch.randn(5, mix_rank, dim) * 0.01)      # at first: RWKV-5
         self.decay_down, self.decay_up = linear(dim, decay_rank), linear(decay_rank, dim)
 
     def mixtures(self, x, before):

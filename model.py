@@ -157,7 +157,7 @@ class Model(nn.Module):
         self.pattern, self.dim, self.max_len, self.backbone = pattern, dim, max_len, backbone
         self.names = [name for name, _ in parse_pattern(pattern)]
         self.embed = nn.Embedding(vocab_size, dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)                          # as in mad-lab
         self.blocks = nn.ModuleList([Block(build_layer(name, dim, max_len, **settings), dim)
                                      for name, settings in parse_pattern(pattern)])
         self.decoder = Decoder(dim) if backbone == "autoencoder" else None
