@@ -848,13 +848,14 @@ def test_readme_shows_what_is_recorded():
     for name, block in quoted:
         lines = (HERE / "results" / name).read_text().split("\n")
         assert [line for line in block.split("\n") if line not in lines] == [], name
-    eager, compiled = recorded_times("layers.txt"), recorded_times("layers-compiled.txt")
+    eager, compiled, long = (recorded_times(f"layers{kind}.txt")
+                             for kind in ("", "-compiled", "-long"))
     table = re.findall(r"\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]*) \|[^|]*\| ([\d.]+) \| "
-                       r"(\d+) \|", readme)
+                       r"([\d.]+) \| (\d+) \| (\d*) \|", readme)
     assert {row[0] for row in table} == set(LAYERS)
-    for name, units, faster, power, memory in table:
-        assert [units, power, memory] == eager[name][2:5]
-        assert faster == (compiled[name][2] if name in compiled else "")
+    for name, units, faster, power, power_long, memory, memory_compiled in table:
+        assert [units, power, memory] == eager[name][2:5] and power_long == long[name][3]
+        assert [faster, memory_compiled] == compiled.get(name, 5 * [""])[2:5:2]
     recorded = (HERE / "results" / "mad" / "table.md").read_text().split("\n")
     assert [line for line in recorded if line and line not in readme] == []
     losses = collections.defaultdict(list)
