@@ -1159,15 +1159,25 @@ def at_width(pattern, width):
     return " ".join(map(sized, pattern.split()))
 
 
-def choose_shapes(low, high, count, period):
-    """`count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`."""
+def choose_shapes(low, high, count, period, limits):
+    """
+    `count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`. Where few
+    lie there, some of beyond are taken, and that is said; but none beyond the limits.
+    """
+    size = lambda shape: 12 * shape[1] * shape[0] ** 2
     shapes = {(width, -(-blocks // period) * period) for width, blocks in SHAPES}
-    off = lambda shape, goal: abs(np.log(12 * shape[1] * shape[0] ** 2 / goal))
+    shapes = sorted((s for s in shapes if limits[0] <= size(s) <= limits[1]), key=size)
+    if count > len(shapes):
+        raise FitError(f"--sizes {count}: there are only {len(shapes)} sizes to choose from, "
+                       f"{size(shapes[0]):.2g} to {size(shapes[-1]):.2g} parameters")
     chosen = []
     for goal in np.geomspace(low, high, count):
-        chosen.append(min(sorted(shapes), key=lambda shape: off(shape, goal)))
+        chosen.append(min(shapes, key=lambda shape: abs(np.log(size(shape) / goal))))
         shapes.remove(chosen[-1])
-    return sorted(chosen, key=lambda shape: shape[1] * shape[0] ** 2)
+    if beyond := sum(not low / 1.5 < size(s) < high * 1.5 for s in chosen):
+        print(f"! {beyond} of {count} sizes lie beyond {low:.2g} to {high:.2g} parameters, "
+              f"where there are no more", file=sys.stderr)
+    return sorted(chosen, key=size)
 
 
 def price(pattern, width, context, vocab_size):
@@ -1196,11 +1206,12 @@ def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parame
     families = {arch: family(arch) for arch in archs}
     period = int(np.lcm.reduce([2, *(blocks for _, blocks in families.values())]))
     runs = []
-    for budget, (arch, (unit, blocks)) in itertools.product(sorted(budgets), families.items()):
+    for budget in sorted(budgets):
         best = (budget / 6 / tokens_per_parameter) ** 0.5
         batch = max(1, batch_tokens(budget) // context)               # sequences
         low, high = np.clip([best / reach, best * reach], *limits)
-        for width, depth in choose_shapes(low, high, sizes, period):
+        shapes = choose_shapes(low, high, sizes, period, limits)
+        for (arch, (unit, blocks)), (width, depth) in itertools.product(families.items(), shapes):
             pattern = at_width(" ".join([unit] * (depth // blocks)), width)
             run = price(pattern, width, context, vocab_size)
             flops = run.pop("token_flops") * batch * context          # of a step

@@ -1546,7 +1546,12 @@ def test_plan_adds_up(capsys):
                                 limits=scaling.PAPER_SIZES)[0]
     assert 7e7 < min(r["N"] for r in runs) < 7.5e7 and 6.5e9 < max(r["N"] for r in runs) < 7e9
     assert not scaling.main(["plan", "--budgets", "8e19", "--card", "RTX 4090"])
-    assert "!" in capsys.readouterr().out                # 24 GB are not enough for all of them
+    said = capsys.readouterr()
+    assert "!" in said.out and not said.err              # 24 GB are not enough for all of them
+    assert not scaling.main(["plan", "--archs", "transformer", "--budgets", "4e18", "--sizes", "23"])
+    said = capsys.readouterr()                           # more than there are: said, but none beyond
+    assert "! 5 of 23 sizes lie beyond 7e+07 to 1.6e+09" in said.err   # the paper's 7B and 70M
+    assert min(float(line.split()[4]) for line in said.out.splitlines()[1:-4]) > 70
 
 
 @pytest.mark.parametrize("args, message", [
@@ -1556,6 +1561,8 @@ def test_plan_adds_up(capsys):
     (["plan", "--budgets", "1e18,-1"], "1e18,-1"), (["sweep", "--sizes", "4"], "4"),
     (["plan", "--card", "H1000"], "H1000"), (["sweep", "--tokenizer", "bites"], "bites"),
     (["plan", "--utilisation", "0"], "0"), (["sweep", "--budgets", "1e6"], "no run"),
+    (["plan", "--sizes", "58"], "23 sizes to choose from, 7.1e+07 to 6.4e+09"),
+    (["sweep", "--sizes", "99"], "--sizes 99: there are only 57 sizes"),
     (["sweep", "--data", "nowhere.txt"], "nowhere.txt")])
 def test_mistakes_with_sweeps_end_in_one_line(args, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
