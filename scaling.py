@@ -1236,7 +1236,7 @@ def configuration(run, out, data, tokenizer, context):
 
 CSV_COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr "
                "steps seed epochs").split()
-KEY = ("arch", "budget", "width", "depth", "seed")                   # what tells two runs apart
+KEY = ("arch", "budget", "width", "depth", "seed")     # tells runs apart, as their folders' names do
 
 
 def write_runs(path, runs, earlier):
@@ -1375,7 +1375,7 @@ def run_sweep(args):
                for run in runs]
     for config in configs:
         readable(train.find_folder, config)                          # no folder holds another run
-    path = Path(args.csv or Path(args.out) / "runs.csv")
+    path = Path(args.out) / "runs.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         failed = sweep(runs, configs, path)
@@ -1478,8 +1478,8 @@ def _sweep_commands(commands):
     _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
     add("--data", help="as in train.py (default: Python's standard library)")
     add("--seed", type=seed, default=0, help="of parameters and data (default 0)")
-    add("--out", default="out/sweep", help="folder of the runs' folders (default out/sweep)")
-    add("--csv", help="file of results; rows of other runs in it stay (default OUT/runs.csv)")
+    add("--out", default="out/sweep", help="folder of the runs' folders and of runs.csv, where "
+        "rows of other runs stay (default out/sweep)")
     add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
                    ARCHS_HELP)
     _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
