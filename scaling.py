@@ -1095,10 +1095,7 @@ def plot(archs, out, scores=None):
         ax.set_ylabel("loss, nats a token")
     for ax in axes.flat[len(panels):]:
         ax.axis("off")
-    try:
-        figure.savefig(out, dpi=130)
-    except ValueError as error:                                      # an unknown file type
-        raise FitError(f"{out}: {error}") from None
+    figure.savefig(out, dpi=130)
     pyplot.close(figure)
 
 
@@ -1130,10 +1127,7 @@ def batch_tokens(C):
 def family(arch):
     """The pattern that "hybrid" or "mh-hyena@25" (25% attention) repeats, and its blocks."""
     name, at, percent = arch.partition("@")
-    try:
-        words = find_pattern(name).split()
-    except ValueError as error:
-        raise FitError(str(error)) from None
+    words = find_pattern(name).split()
     if not at:
         return " ".join(words), 2
     if percent not in ATTENTION or words[0] in ("attention", "mh-attention"):
@@ -1366,15 +1360,15 @@ def run_plot(args):
 
 
 def run_sweep(args):
-    vocab_size = readable(tasks.vocab_size, args.tokenizer)
+    vocab_size = tasks.vocab_size(args.tokenizer)
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
                                   args.tokens_per_parameter, args.seed)
     say_left_out(left_out, runs)
-    readable(tasks.load_tokens, args.data, args.tokenizer)           # tokenised once, or refused
-    configs = [readable(configuration, run, args.out, args.data, args.tokenizer, args.context)
+    tasks.load_tokens(args.data, args.tokenizer)                     # tokenised once, or refused
+    configs = [configuration(run, args.out, args.data, args.tokenizer, args.context)
                for run in runs]
     for config in configs:
-        readable(train.find_folder, config)                          # no folder holds another run
+        train.find_folder(config)                                    # no folder holds another run
     path = Path(args.out) / "runs.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -1392,14 +1386,6 @@ def run_sweep(args):
     return 1 if failed else 0
 
 
-def readable(check, *args):
-    """check(*args), a mistake of the user as a FitError."""
-    try:
-        return check(*args)
-    except ValueError as error:
-        raise FitError(str(error).replace("--name", "--out")) from None
-
-
 def say_left_out(runs, others):
     for run in runs:
         print(f"left out: {run['arch']} of {run['N']:,} parameters: {run['budget']:g} FLOPs buy "
@@ -1409,7 +1395,7 @@ def say_left_out(runs, others):
 
 
 def run_plan(args):
-    vocab_size = readable(tasks.vocab_size, args.tokenizer)
+    vocab_size = tasks.vocab_size(args.tokenizer)
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
                                   args.tokens_per_parameter, reach=9, limits=PAPER_SIZES)
     say_left_out(left_out, runs)
@@ -1514,8 +1500,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (FitError, OSError) as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:                           # --out names train.py's runs
+        print(f"scaling.py: {str(error).replace('--name', '--out')}", file=sys.stderr)
         return 2
 
 
