@@ -970,22 +970,11 @@ def pool(archs):
 
 
 def read_scores(path):
-    """
-    {arch: score} from JSON ({arch: score or {"mean": score}}, or rows), CSV (arch, mean), or a
-    folder of train.py's MAD scores.
-    """
+    """{arch: score} from a folder of train.py's MAD scores, or a CSV (arch, mean)."""
     if Path(path).is_dir():
         return {name: mad_mean(records) for name, records in read_records(path).items()}
-    if not str(path).endswith(".json"):
-        return {r["arch"]: number(r["mean"], f"{path}, {r['arch']}")
-                for r in read_csv(path, ("arch", "mean"))}
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-        rows = data.items() if isinstance(data, dict) else [(r["arch"], r) for r in data]
-        return {arch: float(v["mean"] if isinstance(v, dict) else v) for arch, v in rows}
-    except (TypeError, KeyError, ValueError, RecursionError) as error:
-        raise FitError(f"{path}: no scores by arch ({type(error).__name__}: {error})") from None
+    return {r["arch"]: number(r["mean"], f"{path}, {r['arch']}")
+            for r in read_csv(path, ("arch", "mean"))}
 
 
 def plain(value):
@@ -1487,7 +1476,7 @@ def main(argv=None):
     add("--draws", help="write every bootstrap draw to this .npz file")
     add("--plot", help="also draw the plots into this image file")
     add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
-    add("--mad", required=True, help="JSON {arch: score}, CSV (arch, mean), or train.py's folder")
+    add("--mad", required=True, help="folder of train.py's scores, or a CSV (arch, mean)")
     add("--runs", required=True, help="CSV file of runs, with an arch column")
     add("--json", action="store_true", help="print a JSON list, a row a budget")
     add = _command(commands, "table", run_table, "MAD scores beside the published ones")

@@ -1339,8 +1339,8 @@ def test_fit_reports_every_architecture(runs_csv, capsys, few_starts):
 
 
 def test_compare_ranks_architectures(runs_csv, tmp_path, capsys):
-    scores = tmp_path / "mad.json"
-    scores.write_text(json.dumps(dict(one=0.5, two=dict(mean=0.6), three=0.7, other=0.9)))
+    scores = tmp_path / "mad.csv"
+    scores.write_text("arch,mean\none,0.5\ntwo,0.6\nthree,0.7\nother,0.9\n")
     assert not scaling.main(["compare", "--mad", str(scores), "--runs", str(runs_csv), "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [r["rho"] for r in rows] == pytest.approx([-1] * 3) and rows[0]["n"] == 3
@@ -2958,9 +2958,9 @@ def test_fuzz_of_tables(tmp_path, capsys):
         path = tmp_path / "runs.csv"
         ends = [b"", b"\n", b"\xff", b"\r"]
         path.write_bytes("\n".join([header, *rows]).encode() + pick(ends))
-        mad = tmp_path / "mad.json"
-        mad.write_bytes(pick([b"{}", b"[]", b"{", b'{"a": 1}', b'{"a": "x"}', b"\xff", b"", b"3",
-                              b'{"a": null}', b"[" * 100_000]))
+        mad = tmp_path / "mad.csv"
+        mad.write_bytes(pick([b"arch,mean", b"arch,mean\nall,1", b"arch,mean\nall", b"\xff", b"",
+                              b"arch,mean\nall,x", b"arch\nall", b"mean,arch\n,", b"[" * 100_000]))
         argv = pick([["fit", path], ["fit", path, "--json"], ["fit", tmp_path],
                      ["compare", "--runs", path, "--mad", mad], ["fit", tmp_path / "no.csv"]])
         argv = [*map(str, argv)] + (["--bootstrap", "30"] if argv[0] == "fit" else [])
