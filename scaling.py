@@ -1326,8 +1326,6 @@ def run_fit(args):
     if args.draws:
         np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in results.items() for m in METHODS
                                 if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
-    if args.plot:
-        plot(archs, args.plot)
     if args.json:
         return print(json.dumps(plain(whole | out), allow_nan=False))
     results |= {"all together": whole} if len(archs) > 1 else {}
@@ -1474,7 +1472,6 @@ def main(argv=None):
     add("--seed", type=seed, default=0, help="of the resamples (default 0)")
     add("--hold-out", type=positive, help="hold out budgets from this one (default: the largest)")
     add("--draws", help="write every bootstrap draw to this .npz file")
-    add("--plot", help="also draw the plots into this image file")
     add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
     add("--mad", required=True, help="folder of train.py's scores, or a CSV (arch, mean)")
     add("--runs", required=True, help="CSV file of runs, with an arch column")
