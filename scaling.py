@@ -1389,35 +1389,22 @@ def run_plan(args):
     print(show_plan(runs, args.context, vocab_size, args.card, args.utilisation))
 
 
-def positive(text):
-    value = float(text)
-    if not 0 < value < np.inf:
-        raise ValueError
-    return value
-
-
-def count(text):
-    if positive(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(positive(text))
-
-
-def seed(text):
-    return 0 if text == "0" else count(text)
+def above(low, kind=int):
+    """A type for argparse: a finite number above `low`."""
+    def read(text):
+        if not low < (value := kind(text)) < np.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be finite and above {low}")
+        return value
+    read.__name__ = kind.__name__                                    # in argparse's message
+    return read
 
 
 def listed(kind):
     """Values with commas between, none of them twice."""
     def split(text):
         return list(dict.fromkeys(map(kind, text.split(","))))
-    split.__name__ = f"list of {kind.__name__}"                      # in argparse's message
+    split.__name__ = f"list of {kind.__name__}"
     return split
-
-
-def several(text):
-    if (value := count(text)) < 5:
-        raise ValueError
-    return value
 
 
 def _command(commands, name, run, text, epilog=None):
@@ -1436,12 +1423,12 @@ def _isoflop_options(add, budgets, context, tokenizer, ratio):
     """What sweep and plan have in common."""
     add("--archs", type=listed(str), default=["transformer", "hybrid"], metavar="A,B",
         help="architectures, with commas between (default transformer,hybrid)")
-    add("--budgets", type=listed(positive), default=listed(positive)(budgets), metavar="C,C",
+    add("--budgets", type=listed(above(0, float)), default=budgets, metavar="C,C",
         help=f"training FLOPs of each group (default {budgets})")
-    add("--sizes", type=several, default=7, help="models a budget, at least 5 (default 7)")
-    add("--tokens-per-parameter", type=positive, default=ratio,
+    add("--sizes", type=above(4), default=7, help="models a budget, at least 5 (default 7)")
+    add("--tokens-per-parameter", type=above(0, float), default=ratio,
         help=f"at the middle size of a group; moves all sizes (default {ratio})")
-    add("--context", type=count, default=context, help=f"tokens a sequence (default {context})")
+    add("--context", type=above(0), default=context, help=f"tokens a sequence (default {context})")
     add("--tokenizer", default=tokenizer, help=f"bytes or tiktoken's (default {tokenizer})")
 
 
@@ -1450,14 +1437,14 @@ def _sweep_commands(commands):
                    "again it goes on where it was stopped", ARCHS_HELP)
     _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
     add("--data", help="as in train.py (default: Python's standard library)")
-    add("--seed", type=seed, default=0, help="of parameters and data (default 0)")
+    add("--seed", type=above(-1), default=0, help="of parameters and data (default 0)")
     add("--out", default="out/sweep", help="folder of the runs' folders and of runs.csv, where "
         "rows of other runs stay (default out/sweep)")
     add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
                    ARCHS_HELP)
     _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
     add("--card", choices=train.CARDS, default="H100", help="one of them (default H100)")
-    add("--utilisation", type=positive, default=0.4,
+    add("--utilisation", type=above(0, float), default=0.4,
         help="of its peak in bfloat16, a guess until measured (default 0.4)")
 
 
@@ -1467,10 +1454,10 @@ def main(argv=None):
     add = _command(commands, "fit", run_fit, "scaling laws of a CSV: N, D, loss[, C, arch, state]")
     add("runs", help="CSV file of runs")
     add("--json", action="store_true", help="print one JSON object")
-    add("--target", type=positive, help="budget to predict, FLOPs (default: the largest)")
-    add("--bootstrap", type=count, default=1000, help="resamples (default 1000)")
-    add("--seed", type=seed, default=0, help="of the resamples (default 0)")
-    add("--hold-out", type=positive, help="hold out budgets from this one (default: the largest)")
+    add("--target", type=above(0, float), help="budget to predict, FLOPs (default: the largest)")
+    add("--bootstrap", type=above(0), default=1000, help="resamples (default 1000)")
+    add("--seed", type=above(-1), default=0, help="of the resamples (default 0)")
+    add("--hold-out", type=above(0, float), help="hold out budgets from this one (default: the largest)")
     add("--draws", help="write every bootstrap draw to this .npz file")
     add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
     add("--mad", required=True, help="folder of train.py's scores, or a CSV (arch, mean)")

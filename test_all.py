@@ -1559,7 +1559,7 @@ def test_plan_adds_up(capsys):
     (["sweep", "--archs", "hybird"], "did you mean hybrid"), (["plan", "--archs", ""], "unknown"),
     (["plan", "--archs", "mh-hyena@33"], "0, 8.3, 25, 50, 100%"),
     (["plan", "--archs", "transformer@25"], "other than attention"),
-    (["plan", "--budgets", "1e18,-1"], "1e18,-1"), (["sweep", "--sizes", "4"], "4"),
+    (["plan", "--budgets", "1e18,-1"], "-1 must be"), (["sweep", "--sizes", "4"], "above 4"),
     (["plan", "--card", "H1000"], "H1000"), (["sweep", "--tokenizer", "bites"], "bites"),
     (["plan", "--utilisation", "0"], "0"), (["sweep", "--budgets", "1e6"], "no run"),
     (["plan", "--sizes", "58"], "23 sizes to choose from, 7.1e+07 to 6.4e+09"),
