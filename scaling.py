@@ -51,14 +51,11 @@ from tqdm import tqdm
 
 import tasks
 import train
-from layers import LAYERS, Attention
+from layers import LAYERS, Attention, tune_allocator
 from model import Model, find_pattern
 
 HUBER = 1e-3          # residuals of log L beyond it count linearly, not squared (Hoffmann et al.)
 LAW = ("E", "A", "B", "alpha", "beta")
-# glibc returns large buffers to the system and gets them back, zeroed, at every step, which costs
-# more than the arithmetic. Once it has freed one of 31 MB it keeps the smaller ones: 22 s become 6.
-np.empty(31 << 20, np.uint8)
 
 
 class FitError(ValueError):
@@ -1213,7 +1210,7 @@ def configuration(run, out, data, tokenizer, context):
 
 CSV_COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr "
                "steps seed epochs").split()
-KEY = ("arch", "budget", "width", "depth", "seed")     # tells runs apart, as their folders' names do
+KEY = ("arch", "budget", "width", "depth", "seed")       # what tells runs apart, as in their names
 
 
 def write_runs(path, runs, earlier):
@@ -1451,7 +1448,7 @@ def main(argv=None):
     add("--target", type=above(0, float), help="budget to predict, FLOPs (default: the largest)")
     add("--bootstrap", type=above(0), default=1000, help="resamples (default 1000)")
     add("--seed", type=above(-1), default=0, help="of the resamples (default 0)")
-    add("--hold-out", type=above(0, float), help="hold out budgets from this one (default: the largest)")
+    add("--hold-out", type=above(0, float), help="hold out budgets from this on (default: the last)")
     add("--draws", help="write every bootstrap draw to this .npz file")
     add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
     add("--mad", required=True, help="folder of train.py's scores, or a CSV (arch, mean)")
@@ -1465,6 +1462,7 @@ def main(argv=None):
     add("--mad", help="MAD scores to draw against the losses")
     _sweep_commands(commands)
     args = parser.parse_args(argv)
+    tune_allocator()                                                 # the fits need it most
     try:
         return args.run(args)
     except (ValueError, OSError) as error:                           # --out names train.py's runs

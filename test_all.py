@@ -958,6 +958,7 @@ def test_weight_decay_is_for_matrices_only():
 
 LAW = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)   # Besiroglu et al. 2024
 BUDGETS = np.geomspace(1e18, 1e20, 5)
+layers.tune_allocator()                                  # as the commands do: faster fits
 
 
 def law(N, D, E, A, B, alpha, beta):
@@ -1554,7 +1555,7 @@ def test_plan_adds_up(capsys):
     assert not scaling.main(many)                        # more than there are at that budget: said,
     said = capsys.readouterr()                           # but none beyond the paper's sizes
     assert "! 5 of 23 sizes lie beyond 7e+07 to 1.6e+09" in said.err
-    assert min(float(line.split()[4]) for line in said.out.splitlines()[1:-3]) > 70
+    assert said.out.splitlines()[1].split()[4] == "72.9"             # the smallest, in millions
 
 
 @pytest.mark.parametrize("args, message", [
