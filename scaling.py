@@ -304,18 +304,22 @@ def parabola(runs, w):
 
 
 def isoflop_row(budget, runs, top, flag):
-    """One budget of the report."""
-    return dict(C=float(budget), runs=len(runs.N), sizes=distinct(runs.N), N=np.exp(top["logN"]),
-                D=np.exp(top["logD"]), loss=top["loss"], curvature=top["curvature"],
-                N_sampled=[float(runs.N.min()), float(runs.N.max())], flag=flag)
+    """One budget of the report, with intervals where it has an optimum."""
+    rows = dict(N=np.exp(top["logN"]), D=np.exp(top["logD"]), loss=top["loss"],
+                curvature=top["curvature"])
+    return dict(C=float(budget), runs=len(runs.N), sizes=distinct(runs.N),
+                **{k: float(v[0]) for k, v in rows.items()},
+                failed=int(np.isnan(rows["N"][1:]).sum()), flag=flag,
+                intervals={} if flag else {k: interval(v[1:]) for k, v in rows.items()},
+                N_sampled=[float(runs.N.min()), float(runs.N.max())])
 
 
 @dataclass
 class IsoflopFit(Fit):
     """
     N* ~ C^a, D* ~ C^b, L* ~ C^-loss_exponent. parabolas: a dict a budget, with a flag where it was
-    left out. optima: name -> (1 + bootstrap, budgets), the vertices of the runs, then of each
-    resample. residuals are those of the parabolas, in nats.
+    left out; failed: its resamples without an optimum. optima: name -> (1 + bootstrap, budgets),
+    the vertices of the runs, then of each resample. residuals: of the parabolas, in nats.
     """
     a: float
     b: float
@@ -346,7 +350,7 @@ def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, see
         one = runs.take(label == g)
         top, flag, residuals[label == g] = parabola(one, w[:, label == g])
         found.append(top)
-        table.append(isoflop_row(budget, one, {k: float(v[0]) for k, v in top.items()}, flag))
+        table.append(isoflop_row(budget, one, top, flag))
     optima = {k: np.stack([f[k] for f in found], 1) for k in found[0]}
     used = [p["C"] for p in table if not p["flag"]]
     if len(used) < 2:
@@ -1448,7 +1452,7 @@ def main(argv=None):
     add("--target", type=above(0, float), help="budget to predict, FLOPs (default: the largest)")
     add("--bootstrap", type=above(0), default=1000, help="resamples (default 1000)")
     add("--seed", type=above(-1), default=0, help="of the resamples (default 0)")
-    add("--hold-out", type=above(0, float), help="hold out budgets from this on (default: the last)")
+    add("--hold-out", type=above(0, float), help="least budget to hold out (default: the largest)")
     add("--draws", help="write every bootstrap draw to this .npz file")
     add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
     add("--mad", required=True, help="folder of train.py's scores, or a CSV (arch, mean)")

@@ -1062,6 +1062,11 @@ def test_bootstrap_is_seeded_joint_and_counts_failures():
         d = one.draws                                    # a draw is one resample in all of them
         assert np.allclose(d["a"] + d["b"], 1) and np.allclose(6 * d["N"] * d["D"], 1e20)
         assert np.allclose(d["tokens_per_parameter"], d["D"] / d["N"])
+    iso = scaling.fit_isoflop(*runs, bootstrap=300)      # each budget's own optimum
+    for row, draws in zip(iso.parabolas, np.exp(iso.optima["logN"][1:].T)):
+        low, high = row["intervals"]["N"]
+        assert [low, high] == pytest.approx(np.nanpercentile(draws, [2.5, 97.5]))
+        assert low < row["N"] < high and row["failed"] == np.isnan(draws).sum()
     low, high = one.intervals["alpha"]
     assert low < LAW["alpha"] < high and high - low < 0.15
     # Three sizes a budget: a resample keeps all three in 6 of 27 cases, at two budgets 1 in 20.
