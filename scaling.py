@@ -42,6 +42,7 @@ import io
 import itertools
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -83,6 +84,10 @@ class Runs:
     C: np.ndarray
     state: np.ndarray     # NaN where unknown
     dropped: dict         # column -> how many rows it spoiled
+
+    @property
+    def columns(self):
+        return self.N, self.D, self.loss, self.C
 
     def take(self, mask):
         return Runs(*(getattr(self, f.name)[mask] for f in fields(self)[:-1]), self.dropped)
@@ -155,6 +160,12 @@ def interval(draws):
     return np.percentile(good, [2.5, 97.5]).tolist() if len(good) >= 20 else [np.nan, np.nan]
 
 
+def estimates(rows):
+    """{name: (1 + bootstrap,)}, the estimate first -> {name: estimate}, and their intervals."""
+    return {k: float(v[0]) for k, v in rows.items()} | dict(
+        intervals={k: interval(v[1:]) for k, v in rows.items()})
+
+
 def means(v, w):
     """Weighted means of the rows, (S, n) -> (S, 1)."""
     return (w * v).sum(1, keepdims=True) / np.maximum(w.sum(1, keepdims=True), 1e-300)
@@ -198,9 +209,9 @@ def fit_power_law(x, y, bootstrap=1000, seed=0):
     i, s = fit_lines(lx, ly, np.vstack([np.ones(n), resample(n, bootstrap, seed)]))
     flags = [f"{len(x) - n} points dropped: missing, infinite or not positive"] * (n < len(x))
     flags += ["two x: the line passes through both, nothing checks it"] * (distinct(x[keep]) == 2)
-    draws = dict(k=np.exp(i[1:]), c=s[1:])
-    return PowerLaw(float(np.exp(i[0])), float(s[0]), {q: interval(v) for q, v in draws.items()},
-                    int(np.isnan(s[1:]).sum()), flags, (ly - i[0] - s[0] * lx)[0], draws)
+    return PowerLaw(**estimates(dict(k=np.exp(i), c=s)), failed=int(np.isnan(s[1:]).sum()),
+                    flags=flags, residuals=(ly - i[0] - s[0] * lx)[0],
+                    draws=dict(k=np.exp(i[1:]), c=s[1:]))
 
 
 def ranks(x):
@@ -303,15 +314,20 @@ def parabola(runs, w):
     return {k: np.where(ok, v, np.nan) for k, v in optima.items()}, why, residuals
 
 
+def vertex(runs):
+    """The optimum of one budget's runs as they are, in floats, and why there is none."""
+    top, why, _ = parabola(runs, np.ones((1, len(runs.N))))
+    return {k: float(v[0]) for k, v in top.items()}, why
+
+
 def isoflop_row(budget, runs, top, flag):
     """One budget of the report, with intervals where it has an optimum."""
     rows = dict(N=np.exp(top["logN"]), D=np.exp(top["logD"]), loss=top["loss"],
                 curvature=top["curvature"])
-    return dict(C=float(budget), runs=len(runs.N), sizes=distinct(runs.N),
-                **{k: float(v[0]) for k, v in rows.items()},
-                failed=int(np.isnan(rows["N"][1:]).sum()), flag=flag,
-                intervals={} if flag else {k: interval(v[1:]) for k, v in rows.items()},
-                N_sampled=[float(runs.N.min()), float(runs.N.max())])
+    row = dict(C=float(budget), runs=len(runs.N), sizes=distinct(runs.N), **estimates(rows),
+               failed=int(np.isnan(rows["N"][1:]).sum()), flag=flag,
+               N_sampled=[float(runs.N.min()), float(runs.N.max())])
+    return row | dict(intervals={}) if flag else row
 
 
 @dataclass
@@ -433,6 +449,11 @@ TERM = np.array([0, 1, 2, 0, 1])
 SAME = TERM[:, None] == TERM                                         # (5, 5)
 
 
+def huber(r):
+    small = np.minimum(np.abs(r), HUBER)
+    return small * (np.abs(r) - small / 2)
+
+
 class Huber:
     """
     sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
@@ -471,9 +492,7 @@ class Huber:
         total = share.sum(1, keepdims=True)
         share /= total                                               # of each term in L
         r = (np.log(total) + top)[:, 0] - np.log(self.loss)          # (S, n)
-        size = np.abs(r)
-        small = np.minimum(size, HUBER)
-        value = (w * small * (size - small / 2)).sum(1)
+        size, value = np.abs(r), (w * huber(r)).sum(1)
         J = share[:, TERM] * self.lift                               # d r / d theta, (S, 5, n)
         psi = w * r.clip(-HUBER, HUBER)                              # d huber / d r
         pull = J * psi[:, None]
@@ -628,14 +647,13 @@ def _fit_law(method, runs, target, bootstrap, seed):
     E, A, B, alpha, beta = laws[0]
     terms = A / runs.N ** alpha, B / runs.D ** beta
     r = np.log(runs.loss / (E + sum(terms)))
-    small = np.minimum(np.abs(r), HUBER)
     influence = influential(fitter, best, runs, r)
     flags = data_flags(runs) + law_flags(laws, terms, runs, influence)
     off = np.abs(np.log(runs.C / (rule[0] * runs.N ** rule[1] * runs.D))).max()
     if off > 0.02:
         flags.append(f"C differs by up to {100 * off:.0f}% from the k N^p D that N* and D* assume")
     first, common = summarise(rows, C, runs.C.max(), flags, r)
-    return LawFit(**first, **common, objective=float((small * (np.abs(r) - small / 2)).sum()),
+    return LawFit(**first, **common, objective=float(huber(r).sum()),
                   rss=float(((runs.loss - E - sum(terms)) ** 2).sum()), rule=rule,
                   reached=float((value <= value.min() * (1 + 1e-6) + 1e-12).mean()),
                   influence=influence)
@@ -723,20 +741,17 @@ def state_law(fits):
             points[arch] = x, y, w
     if not points:
         raise FitError("no architecture has a positive state that varies over two usable budgets")
-    out = dict(c=None, intervals={}, k={}, separate={})
+    separate = {}
     for arch, xyw in points.items():
         i, s = fit_lines(*xyw)
-        rows = dict(k=np.exp(i), c=s)
-        out["separate"][arch] = {k: float(v[0]) for k, v in rows.items()} | dict(
-            intervals={k: interval(v[1:]) for k, v in rows.items()})
+        separate[arch] = estimates(dict(k=np.exp(i), c=s))
     # One slope with an intercept each: take each architecture's means away first.
     x, y, w = (np.concatenate(p, 1) for p in
                zip(*((x - means(x, w), y - means(y, w), w) for x, y, w in points.values())))
     c = fit_lines(x, y, w)[1]
-    out["c"], out["intervals"]["c"] = float(c[0]), interval(c[1:])
-    out["k"] = {arch: float(np.exp(means(y, w) - c[0] * means(x, w))[0, 0])
-                for arch, (x, y, w) in points.items()}
-    return out
+    k = {arch: float(np.exp(means(y, w) - c[0] * means(x, w))[0, 0])
+         for arch, (x, y, w) in points.items()}
+    return estimates(dict(c=c)) | dict(k=k, separate=separate)
 
 
 def overtraining(iso, law, C, ratios=(1 / 4, 1 / 2, 2, 4)):
@@ -779,32 +794,29 @@ def hold_out(runs, above=None):
     if test.all() or not test.any():
         raise FitError("hold-out needs runs on both sides of the cut")
     train, rows = runs.take(~test), []
-    fits = {name: attempt(fit, train.N, train.D, train.loss, train.C, bootstrap=0)
-            for name, fit in METHODS.items()}
+    fits = {name: attempt(fit, *train.columns, bootstrap=0) for name, fit in METHODS.items()}
     for g, (name, fit) in itertools.product(np.unique(label[test]), fits.items()):
         group, C = runs.take(test & (label == g)), budgets[g]
         row = dict(method=name, C=C, decades=np.log10(C / train.C.max()))
         if isinstance(fit, dict):
             rows.append(row | fit)
             continue
-        top, _, _ = parabola(group, np.ones((1, len(group.N))))
-        N, _, loss = fit.optimum(C)
+        (top, _), (N, _, loss) = vertex(group), fit.optimum(C)
         error = (np.log(loss / top["loss"]) if name == "isoflop" else
                  np.log(fit.loss(group.N, group.D) / group.loss))
         rows.append(row | dict(loss_error=error.mean(), loss_rms=np.sqrt((error ** 2).mean()),
-                               log10_N_error=(np.log(N) - top["logN"][0]) / np.log(10)))
+                               log10_N_error=(np.log(N) - top["logN"]) / np.log(10)))
     return rows
 
 
 @np.errstate(all="ignore")
 def analyse(runs, target=None, bootstrap=1000, seed=0, above=None):
     """Everything about one set of runs: name -> fit, table or refusal."""
-    columns, options = (runs.N, runs.D, runs.loss, runs.C), dict(
-        target=target, bootstrap=bootstrap, seed=seed)
+    options = dict(target=target, bootstrap=bootstrap, seed=seed)
     out = dict(runs=len(runs.N), dropped=runs.dropped)
-    out["isoflop"] = iso = attempt(fit_isoflop, *columns, runs.state, **options)
+    out["isoflop"] = iso = attempt(fit_isoflop, *runs.columns, runs.state, **options)
     for name in ("parametric", "variable_projection"):
-        out[name] = law = attempt(METHODS[name], *columns, **options)
+        out[name] = law = attempt(METHODS[name], *runs.columns, **options)
         if isinstance(law, LawFit) and isinstance(iso, IsoflopFit):
             out.setdefault("parabola_bias", {})[name] = attempt(parabola_bias, law, runs)
             out["parabola_bias"][name]["a_parabola_less_law"] = iso.a - law.a
@@ -827,14 +839,14 @@ def compare(scores, archs):
         raise FitError("a rank correlation needs three architectures with both runs and a score, "
                        f"here {', '.join(archs) or 'none'}")
     label, budgets = group_budgets(np.concatenate([r.C for r in archs.values()]))
+    ends = np.cumsum([len(r.C) for r in archs.values()])[:-1]
     for g, C in enumerate(budgets):
-        losses, flags, start = {}, [], 0
-        for arch, runs in archs.items():
-            start, own = start + len(runs.C), label[start:start + len(runs.C)] == g
+        losses, flags = {}, []
+        for (arch, runs), own in zip(archs.items(), np.split(label == g, ends)):
             if own.any():
                 group = runs.take(own)
-                top, why, _ = parabola(group, np.ones((1, len(group.N))))
-                losses[arch] = float(group.loss.min() if why else top["loss"][0])
+                top, why = vertex(group)
+                losses[arch] = float(group.loss.min()) if why else top["loss"]
                 flags += [f"{arch}: best run in place of the optimum: {why}"] * bool(why)
         if len(losses) >= 3:
             found = rank_correlation([scores[a] for a in losses], list(losses.values()))
@@ -882,8 +894,8 @@ def read_records(folder):
     return dict(sorted(found.items(), key=lambda item: -mad_mean(item[1])))
 
 
-def mad_mean(records, key="macro_mean"):
-    return float(np.mean([r[key] for r in records]))
+def mad_mean(records):
+    return float(np.mean([r["macro_mean"] for r in records]))
 
 
 def cell(values):
@@ -958,10 +970,9 @@ def read_runs(path):
 
 def pool(archs):
     """All architectures' runs as one."""
-    parts = list(archs.values())
+    parts = archs.values()
     arrays = (np.concatenate([getattr(r, f.name) for r in parts]) for f in fields(Runs)[:-1])
-    dropped = {k: sum(r.dropped.get(k, 0) for r in parts) for k in "N D loss C".split()}
-    return Runs(*arrays, {k: v for k, v in dropped.items() if v})
+    return Runs(*arrays, dict(sum((Counter(r.dropped) for r in parts), Counter())))
 
 
 def read_scores(path):
@@ -1017,7 +1028,7 @@ def plot_parabolas(ax, arch, runs):
     for g, C in enumerate(budgets):
         one, grey = runs.take(label == g), str(0.7 - 0.7 * g / max(1, len(budgets) - 1))
         ax.plot(one.N, one.loss, "o", ms=4, color=grey, label=f"{C:.1e} FLOPs")
-        top = {k: v[0] for k, v in parabola(one, np.ones((1, len(one.N))))[0].items()}
+        top, _ = vertex(one)
         N = np.geomspace(one.N.min(), one.N.max(), 100)
         ax.plot(N, top["loss"] + top["curvature"] * (np.log(N) - top["logN"]) ** 2, color=grey)
         ax.plot(np.exp(top["logN"]), top["loss"], "*", ms=12, color=grey, mec="black")
@@ -1030,7 +1041,7 @@ def plot_frontier(ax, archs):
     for i, (arch, r) in enumerate(archs.items()):
         look = dict(marker=MARKERS[i % 8], ls="none", label=arch)
         ax.plot(r.C, r.loss, color="0.75", ms=3, **look | dict(label=None))
-        fit = attempt(fit_isoflop, r.N, r.D, r.loss, r.C, bootstrap=0)
+        fit = attempt(fit_isoflop, *r.columns, bootstrap=0)
         if isinstance(fit, IsoflopFit):
             used = [p for p in fit.parabolas if not p["flag"]]
             ax.plot([p["C"] for p in used], [p["loss"] for p in used], color="black", **look)
@@ -1355,12 +1366,10 @@ def run_sweep(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         failed = sweep(runs, configs, path)
-    except train.Interrupted as stop:
-        print(f"{stop.args[0]}; finished runs, if any, are in {path}", file=sys.stderr)
-        return 128 + stop.args[1]
-    except KeyboardInterrupt:
-        print(f"stopped at once; finished runs, if any, are in {path}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:                                # train.Interrupted has args
+        why, number = stop.args or ("stopped at once", 2)
+        print(f"{why}; finished runs, if any, are in {path}", file=sys.stderr)
+        return 128 + number
     again = max(run["epochs"] or 0 for run in runs)
     print(f"{len(runs) - failed} of {len(runs)} runs are in {path}"
           + f"; some read their corpus up to {again:.1f} times" * (again > 1)

@@ -1583,6 +1583,17 @@ def test_mistakes_with_sweeps_end_in_one_line(args, message, tmp_path, capsys, m
     assert status == 2 and message in error.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
+def test_a_sweep_leaves_the_folder_of_another_run_alone(tmp_path, capsys):
+    (folder := tmp_path / "transformer_1e12_64x2_seed0").mkdir()
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("to be or not to be, " * 2000)
+    assert scaling.main(["sweep", "--archs", "transformer", "--budgets", "1e12", "--data",
+                         str(tmp_path / "text.txt"), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "64x2_seed0 holds another run" in error and "choose another --out" in error
+    assert {p.name for p in tmp_path.iterdir()} == {folder.name, "text.txt"}
+
+
 def test_scaling_as_a_program_and_its_help(runs_csv, capsys):
     done = subprocess.run([sys.executable, str(HERE / "scaling.py"), "compare", "--mad", runs_csv,
                            "--runs", runs_csv], text=True, capture_output=True, timeout=300)
