@@ -42,6 +42,7 @@ import io
 import itertools
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -51,14 +52,11 @@ from tqdm import tqdm
 
 import tasks
 import train
-from layers import LAYERS, Attention
+from layers import LAYERS, Attention, tune_allocator
 from model import Model, find_pattern
 
 HUBER = 1e-3          # residuals of log L beyond it count linearly, not squared (Hoffmann et al.)
 LAW = ("E", "A", "B", "alpha", "beta")
-# glibc returns large buffers to the system and gets them back, zeroed, at every step, which costs
-# more than the arithmetic. Once it has freed one of 31 MB it keeps the smaller ones: 22 s become 6.
-np.empty(31 << 20, np.uint8)
 
 
 class FitError(ValueError):
@@ -86,6 +84,10 @@ class Runs:
     C: np.ndarray
     state: np.ndarray     # NaN where unknown
     dropped: dict         # column -> how many rows it spoiled
+
+    @property
+    def columns(self):
+        return self.N, self.D, self.loss, self.C
 
     def take(self, mask):
         return Runs(*(getattr(self, f.name)[mask] for f in fields(self)[:-1]), self.dropped)
@@ -158,6 +160,12 @@ def interval(draws):
     return np.percentile(good, [2.5, 97.5]).tolist() if len(good) >= 20 else [np.nan, np.nan]
 
 
+def estimates(rows):
+    """{name: (1 + bootstrap,)}, the estimate first -> {name: estimate}, and their intervals."""
+    return {k: float(v[0]) for k, v in rows.items()} | dict(
+        intervals={k: interval(v[1:]) for k, v in rows.items()})
+
+
 def means(v, w):
     """Weighted means of the rows, (S, n) -> (S, 1)."""
     return (w * v).sum(1, keepdims=True) / np.maximum(w.sum(1, keepdims=True), 1e-300)
@@ -201,9 +209,9 @@ def fit_power_law(x, y, bootstrap=1000, seed=0):
     i, s = fit_lines(lx, ly, np.vstack([np.ones(n), resample(n, bootstrap, seed)]))
     flags = [f"{len(x) - n} points dropped: missing, infinite or not positive"] * (n < len(x))
     flags += ["two x: the line passes through both, nothing checks it"] * (distinct(x[keep]) == 2)
-    draws = dict(k=np.exp(i[1:]), c=s[1:])
-    return PowerLaw(float(np.exp(i[0])), float(s[0]), {q: interval(v) for q, v in draws.items()},
-                    int(np.isnan(s[1:]).sum()), flags, (ly - i[0] - s[0] * lx)[0], draws)
+    return PowerLaw(**estimates(dict(k=np.exp(i), c=s)), failed=int(np.isnan(s[1:]).sum()),
+                    flags=flags, residuals=(ly - i[0] - s[0] * lx)[0],
+                    draws=dict(k=np.exp(i[1:]), c=s[1:]))
 
 
 def ranks(x):
@@ -214,7 +222,7 @@ def ranks(x):
 
 @dataclass
 class RankCorrelation:
-    rho: float
+    rho: float            # NaN, as p, for fewer than 3 points or a constant column
     p: float              # two-sided: the share of orderings with at least this |rho|
     n: int
 
@@ -224,17 +232,15 @@ def rank_correlation(x, y, permutations=9999, seed=0):
     Spearman's correlation of x and y, (n,) each, with a permutation p-value.
 
     Up to n = 8 every ordering is counted. Beyond, random ones and the observed one (the + 1), so
-    that p is never 0. Raises FitError for n < 3, values not finite, or a constant column.
+    that p is never 0. Raises FitError for columns of two lengths or values not finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.shape != y.shape or x.ndim != 1 or len(x) < 3:
-        raise FitError("a rank correlation needs two columns of one length, at least 3")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise FitError("a rank correlation needs finite values")
+    if x.shape != y.shape or x.ndim != 1 or not np.isfinite([x, y]).all():
+        raise FitError("a rank correlation needs two columns of one length, of finite values")
     rx, ry, n = ranks(x), ranks(y), len(x)
     norm = np.sqrt((rx @ rx) * (ry @ ry))
-    if norm == 0:
-        raise FitError("a constant column has no rank correlation")
+    if n < 3 or norm == 0:
+        return RankCorrelation(np.nan, np.nan, n)
     others = (np.array(list(itertools.permutations(rx))) if n <= 8 else
               np.random.default_rng(seed).permuted(np.tile(rx, (permutations, 1)), axis=1))
     extreme = (np.abs(others @ ry) >= np.abs(rx @ ry) - 1e-9).sum() + (n > 8)
@@ -308,19 +314,28 @@ def parabola(runs, w):
     return {k: np.where(ok, v, np.nan) for k, v in optima.items()}, why, residuals
 
 
+def vertex(runs):
+    """The optimum of one budget's runs as they are, in floats, and why there is none."""
+    top, why, _ = parabola(runs, np.ones((1, len(runs.N))))
+    return {k: float(v[0]) for k, v in top.items()}, why
+
+
 def isoflop_row(budget, runs, top, flag):
-    """One budget of the report."""
-    return dict(C=float(budget), runs=len(runs.N), sizes=distinct(runs.N), N=np.exp(top["logN"]),
-                D=np.exp(top["logD"]), loss=top["loss"], curvature=top["curvature"],
-                N_sampled=[float(runs.N.min()), float(runs.N.max())], flag=flag)
+    """One budget of the report, with intervals where it has an optimum."""
+    rows = dict(N=np.exp(top["logN"]), D=np.exp(top["logD"]), loss=top["loss"],
+                curvature=top["curvature"])
+    row = dict(C=float(budget), runs=len(runs.N), sizes=distinct(runs.N), **estimates(rows),
+               failed=int(np.isnan(rows["N"][1:]).sum()), flag=flag,
+               N_sampled=[float(runs.N.min()), float(runs.N.max())])
+    return row | dict(intervals={}) if flag else row
 
 
 @dataclass
 class IsoflopFit(Fit):
     """
     N* ~ C^a, D* ~ C^b, L* ~ C^-loss_exponent. parabolas: a dict a budget, with a flag where it was
-    left out. optima: name -> (1 + bootstrap, budgets), the vertices of the runs, then of each
-    resample. residuals are those of the parabolas, in nats.
+    left out; failed: its resamples without an optimum. optima: name -> (1 + bootstrap, budgets),
+    the vertices of the runs, then of each resample. residuals: of the parabolas, in nats.
     """
     a: float
     b: float
@@ -351,7 +366,7 @@ def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, see
         one = runs.take(label == g)
         top, flag, residuals[label == g] = parabola(one, w[:, label == g])
         found.append(top)
-        table.append(isoflop_row(budget, one, {k: float(v[0]) for k, v in top.items()}, flag))
+        table.append(isoflop_row(budget, one, top, flag))
     optima = {k: np.stack([f[k] for f in found], 1) for k in found[0]}
     used = [p["C"] for p in table if not p["flag"]]
     if len(used) < 2:
@@ -434,6 +449,11 @@ TERM = np.array([0, 1, 2, 0, 1])
 SAME = TERM[:, None] == TERM                                         # (5, 5)
 
 
+def huber(r):
+    small = np.minimum(np.abs(r), HUBER)
+    return small * (np.abs(r) - small / 2)
+
+
 class Huber:
     """
     sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
@@ -472,9 +492,7 @@ class Huber:
         total = share.sum(1, keepdims=True)
         share /= total                                               # of each term in L
         r = (np.log(total) + top)[:, 0] - np.log(self.loss)          # (S, n)
-        size = np.abs(r)
-        small = np.minimum(size, HUBER)
-        value = (w * small * (size - small / 2)).sum(1)
+        size, value = np.abs(r), (w * huber(r)).sum(1)
         J = share[:, TERM] * self.lift                               # d r / d theta, (S, 5, n)
         psi = w * r.clip(-HUBER, HUBER)                              # d huber / d r
         pull = J * psi[:, None]
@@ -629,14 +647,13 @@ def _fit_law(method, runs, target, bootstrap, seed):
     E, A, B, alpha, beta = laws[0]
     terms = A / runs.N ** alpha, B / runs.D ** beta
     r = np.log(runs.loss / (E + sum(terms)))
-    small = np.minimum(np.abs(r), HUBER)
     influence = influential(fitter, best, runs, r)
     flags = data_flags(runs) + law_flags(laws, terms, runs, influence)
     off = np.abs(np.log(runs.C / (rule[0] * runs.N ** rule[1] * runs.D))).max()
     if off > 0.02:
         flags.append(f"C differs by up to {100 * off:.0f}% from the k N^p D that N* and D* assume")
     first, common = summarise(rows, C, runs.C.max(), flags, r)
-    return LawFit(**first, **common, objective=float((small * (np.abs(r) - small / 2)).sum()),
+    return LawFit(**first, **common, objective=float(huber(r).sum()),
                   rss=float(((runs.loss - E - sum(terms)) ** 2).sum()), rule=rule,
                   reached=float((value <= value.min() * (1 + 1e-6) + 1e-12).mean()),
                   influence=influence)
@@ -724,20 +741,17 @@ def state_law(fits):
             points[arch] = x, y, w
     if not points:
         raise FitError("no architecture has a positive state that varies over two usable budgets")
-    out = dict(c=None, intervals={}, k={}, separate={})
+    separate = {}
     for arch, xyw in points.items():
         i, s = fit_lines(*xyw)
-        rows = dict(k=np.exp(i), c=s)
-        out["separate"][arch] = {k: float(v[0]) for k, v in rows.items()} | dict(
-            intervals={k: interval(v[1:]) for k, v in rows.items()})
+        separate[arch] = estimates(dict(k=np.exp(i), c=s))
     # One slope with an intercept each: take each architecture's means away first.
     x, y, w = (np.concatenate(p, 1) for p in
                zip(*((x - means(x, w), y - means(y, w), w) for x, y, w in points.values())))
     c = fit_lines(x, y, w)[1]
-    out["c"], out["intervals"]["c"] = float(c[0]), interval(c[1:])
-    out["k"] = {arch: float(np.exp(means(y, w) - c[0] * means(x, w))[0, 0])
-                for arch, (x, y, w) in points.items()}
-    return out
+    k = {arch: float(np.exp(means(y, w) - c[0] * means(x, w))[0, 0])
+         for arch, (x, y, w) in points.items()}
+    return estimates(dict(c=c)) | dict(k=k, separate=separate)
 
 
 def overtraining(iso, law, C, ratios=(1 / 4, 1 / 2, 2, 4)):
@@ -780,32 +794,29 @@ def hold_out(runs, above=None):
     if test.all() or not test.any():
         raise FitError("hold-out needs runs on both sides of the cut")
     train, rows = runs.take(~test), []
-    fits = {name: attempt(fit, train.N, train.D, train.loss, train.C, bootstrap=0)
-            for name, fit in METHODS.items()}
+    fits = {name: attempt(fit, *train.columns, bootstrap=0) for name, fit in METHODS.items()}
     for g, (name, fit) in itertools.product(np.unique(label[test]), fits.items()):
         group, C = runs.take(test & (label == g)), budgets[g]
         row = dict(method=name, C=C, decades=np.log10(C / train.C.max()))
         if isinstance(fit, dict):
             rows.append(row | fit)
             continue
-        top, _, _ = parabola(group, np.ones((1, len(group.N))))
-        N, _, loss = fit.optimum(C)
+        (top, _), (N, _, loss) = vertex(group), fit.optimum(C)
         error = (np.log(loss / top["loss"]) if name == "isoflop" else
                  np.log(fit.loss(group.N, group.D) / group.loss))
         rows.append(row | dict(loss_error=error.mean(), loss_rms=np.sqrt((error ** 2).mean()),
-                               log10_N_error=(np.log(N) - top["logN"][0]) / np.log(10)))
+                               log10_N_error=(np.log(N) - top["logN"]) / np.log(10)))
     return rows
 
 
 @np.errstate(all="ignore")
 def analyse(runs, target=None, bootstrap=1000, seed=0, above=None):
     """Everything about one set of runs: name -> fit, table or refusal."""
-    columns, options = (runs.N, runs.D, runs.loss, runs.C), dict(
-        target=target, bootstrap=bootstrap, seed=seed)
+    options = dict(target=target, bootstrap=bootstrap, seed=seed)
     out = dict(runs=len(runs.N), dropped=runs.dropped)
-    out["isoflop"] = iso = attempt(fit_isoflop, *columns, runs.state, **options)
+    out["isoflop"] = iso = attempt(fit_isoflop, *runs.columns, runs.state, **options)
     for name in ("parametric", "variable_projection"):
-        out[name] = law = attempt(METHODS[name], *columns, **options)
+        out[name] = law = attempt(METHODS[name], *runs.columns, **options)
         if isinstance(law, LawFit) and isinstance(iso, IsoflopFit):
             out.setdefault("parabola_bias", {})[name] = attempt(parabola_bias, law, runs)
             out["parabola_bias"][name]["a_parabola_less_law"] = iso.a - law.a
@@ -828,18 +839,18 @@ def compare(scores, archs):
         raise FitError("a rank correlation needs three architectures with both runs and a score, "
                        f"here {', '.join(archs) or 'none'}")
     label, budgets = group_budgets(np.concatenate([r.C for r in archs.values()]))
+    ends = np.cumsum([len(r.C) for r in archs.values()])[:-1]
     for g, C in enumerate(budgets):
-        losses, flags, start = {}, [], 0
-        for arch, runs in archs.items():
-            start, own = start + len(runs.C), label[start:start + len(runs.C)] == g
+        losses, flags = {}, []
+        for (arch, runs), own in zip(archs.items(), np.split(label == g, ends)):
             if own.any():
                 group = runs.take(own)
-                top, why, _ = parabola(group, np.ones((1, len(group.N))))
-                losses[arch] = float(group.loss.min() if why else top["loss"][0])
+                top, why = vertex(group)
+                losses[arch] = float(group.loss.min()) if why else top["loss"]
                 flags += [f"{arch}: best run in place of the optimum: {why}"] * bool(why)
         if len(losses) >= 3:
-            found = attempt(rank_correlation, [scores[a] for a in losses], list(losses.values()))
-            rows.append(dict(C=float(C), **plain(found), loss=losses, flags=flags))
+            found = rank_correlation([scores[a] for a in losses], list(losses.values()))
+            rows.append(dict(C=float(C), **vars(found), loss=losses, flags=flags))
     if not rows:
         raise FitError("no budget has runs of three architectures with a score")
     return rows
@@ -883,8 +894,8 @@ def read_records(folder):
     return dict(sorted(found.items(), key=lambda item: -mad_mean(item[1])))
 
 
-def mad_mean(records, key="macro_mean"):
-    return float(np.mean([r[key] for r in records]))
+def mad_mean(records):
+    return float(np.mean([r["macro_mean"] for r in records]))
 
 
 def cell(values):
@@ -911,13 +922,9 @@ def mad_table(found):
                 rows.append([f"*{source}*", *(f"*{v:.1f}*" for v in published[name]), "", "", ""])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     both = [name for name in found if name in PUBLISHED]
-    rank = attempt(rank_correlation, [mad_mean(found[a]) for a in both],
-                   [PUBLISHED[a][-1] for a in both])
-    said = (f"no rank correlation with the published means: {rank['refused']}"
-            if isinstance(rank, dict) else
-            f"Spearman's correlation of these means with the published ones: {rank.rho:.2f}, "
-            f"n = {rank.n}, permutation p = {rank.p:.2g}")
-    return "\n".join([*lines, "", said])
+    rank = rank_correlation([mad_mean(found[a]) for a in both], [PUBLISHED[a][-1] for a in both])
+    return "\n".join([*lines, "", "Spearman's correlation of these means with the published ones: "
+                      f"{rank.rho:.2f}, n = {rank.n}, permutation p = {rank.p:.2g}"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -963,29 +970,17 @@ def read_runs(path):
 
 def pool(archs):
     """All architectures' runs as one."""
-    parts = list(archs.values())
+    parts = archs.values()
     arrays = (np.concatenate([getattr(r, f.name) for r in parts]) for f in fields(Runs)[:-1])
-    dropped = {k: sum(r.dropped.get(k, 0) for r in parts) for k in "N D loss C".split()}
-    return Runs(*arrays, {k: v for k, v in dropped.items() if v})
+    return Runs(*arrays, dict(sum((Counter(r.dropped) for r in parts), Counter())))
 
 
 def read_scores(path):
-    """
-    {arch: score} from JSON ({arch: score or {"mean": score}}, or rows), CSV (arch, mean), or a
-    folder of train.py's MAD scores.
-    """
+    """{arch: score} from a folder of train.py's MAD scores, or a CSV (arch, mean)."""
     if Path(path).is_dir():
         return {name: mad_mean(records) for name, records in read_records(path).items()}
-    if not str(path).endswith(".json"):
-        return {r["arch"]: number(r["mean"], f"{path}, {r['arch']}")
-                for r in read_csv(path, ("arch", "mean"))}
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-        rows = data.items() if isinstance(data, dict) else [(r["arch"], r) for r in data]
-        return {arch: float(v["mean"] if isinstance(v, dict) else v) for arch, v in rows}
-    except (TypeError, KeyError, ValueError, RecursionError) as error:
-        raise FitError(f"{path}: no scores by arch ({type(error).__name__}: {error})") from None
+    return {r["arch"]: number(r["mean"], f"{path}, {r['arch']}")
+            for r in read_csv(path, ("arch", "mean"))}
 
 
 def plain(value):
@@ -1033,7 +1028,7 @@ def plot_parabolas(ax, arch, runs):
     for g, C in enumerate(budgets):
         one, grey = runs.take(label == g), str(0.7 - 0.7 * g / max(1, len(budgets) - 1))
         ax.plot(one.N, one.loss, "o", ms=4, color=grey, label=f"{C:.1e} FLOPs")
-        top = {k: v[0] for k, v in parabola(one, np.ones((1, len(one.N))))[0].items()}
+        top, _ = vertex(one)
         N = np.geomspace(one.N.min(), one.N.max(), 100)
         ax.plot(N, top["loss"] + top["curvature"] * (np.log(N) - top["logN"]) ** 2, color=grey)
         ax.plot(np.exp(top["logN"]), top["loss"], "*", ms=12, color=grey, mec="black")
@@ -1046,7 +1041,7 @@ def plot_frontier(ax, archs):
     for i, (arch, r) in enumerate(archs.items()):
         look = dict(marker=MARKERS[i % 8], ls="none", label=arch)
         ax.plot(r.C, r.loss, color="0.75", ms=3, **look | dict(label=None))
-        fit = attempt(fit_isoflop, r.N, r.D, r.loss, r.C, bootstrap=0)
+        fit = attempt(fit_isoflop, *r.columns, bootstrap=0)
         if isinstance(fit, IsoflopFit):
             used = [p for p in fit.parabolas if not p["flag"]]
             ax.plot([p["C"] for p in used], [p["loss"] for p in used], color="black", **look)
@@ -1071,8 +1066,8 @@ def plot_mad(ax, scores, row):
         ax.plot(scores[arch], loss, "o", color="black")
         ax.annotate(arch, (scores[arch], loss), (4, 4), textcoords="offset points", fontsize=7)
     ax.margins(0.2)
-    rank = row.get("refused") or f"rho {row['rho']:.2f}, p {row['p']:.2g}, n {row['n']}"
-    ax.set(title=f"optima at {row['C']:.1e} FLOPs: {rank}", xlabel="MAD score")
+    ax.set(title=f"optima at {row['C']:.1e} FLOPs: rho {row['rho']:.2f}, p {row['p']:.2g}, "
+           f"n {row['n']}", xlabel="MAD score")
 
 
 def plot(archs, out, scores=None):
@@ -1095,10 +1090,7 @@ def plot(archs, out, scores=None):
         ax.set_ylabel("loss, nats a token")
     for ax in axes.flat[len(panels):]:
         ax.axis("off")
-    try:
-        figure.savefig(out, dpi=130)
-    except ValueError as error:                                      # an unknown file type
-        raise FitError(f"{out}: {error}") from None
+    figure.savefig(out, dpi=130)
     pyplot.close(figure)
 
 
@@ -1130,10 +1122,7 @@ def batch_tokens(C):
 def family(arch):
     """The pattern that "hybrid" or "mh-hyena@25" (25% attention) repeats, and its blocks."""
     name, at, percent = arch.partition("@")
-    try:
-        words = find_pattern(name).split()
-    except ValueError as error:
-        raise FitError(str(error)) from None
+    words = find_pattern(name).split()
     if not at:
         return " ".join(words), 2
     if percent not in ATTENTION or words[0] in ("attention", "mh-attention"):
@@ -1159,15 +1148,25 @@ def at_width(pattern, width):
     return " ".join(map(sized, pattern.split()))
 
 
-def choose_shapes(low, high, count, period):
-    """`count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`."""
+def choose_shapes(low, high, count, period, limits):
+    """
+    `count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`. Where few
+    lie there, some of beyond are taken, and that is said; but none beyond the limits.
+    """
+    size = lambda shape: 12 * shape[1] * shape[0] ** 2
     shapes = {(width, -(-blocks // period) * period) for width, blocks in SHAPES}
-    off = lambda shape, goal: abs(np.log(12 * shape[1] * shape[0] ** 2 / goal))
+    shapes = sorted((s for s in shapes if limits[0] <= size(s) <= limits[1]), key=size)
+    if count > len(shapes):
+        raise FitError(f"--sizes {count}: there are only {len(shapes)} sizes to choose from, "
+                       f"{size(shapes[0]):.2g} to {size(shapes[-1]):.2g} parameters")
     chosen = []
     for goal in np.geomspace(low, high, count):
-        chosen.append(min(sorted(shapes), key=lambda shape: off(shape, goal)))
+        chosen.append(min(shapes, key=lambda shape: abs(np.log(size(shape) / goal))))
         shapes.remove(chosen[-1])
-    return sorted(chosen, key=lambda shape: shape[1] * shape[0] ** 2)
+    if beyond := sum(not low / 1.5 < size(s) < high * 1.5 for s in chosen):
+        print(f"! {beyond} of {count} sizes lie beyond {low:.2g} to {high:.2g} parameters, "
+              f"where there are no more", file=sys.stderr)
+    return sorted(chosen, key=size)
 
 
 def price(pattern, width, context, vocab_size):
@@ -1196,11 +1195,12 @@ def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parame
     families = {arch: family(arch) for arch in archs}
     period = int(np.lcm.reduce([2, *(blocks for _, blocks in families.values())]))
     runs = []
-    for budget, (arch, (unit, blocks)) in itertools.product(sorted(budgets), families.items()):
+    for budget in sorted(budgets):
         best = (budget / 6 / tokens_per_parameter) ** 0.5
         batch = max(1, batch_tokens(budget) // context)               # sequences
         low, high = np.clip([best / reach, best * reach], *limits)
-        for width, depth in choose_shapes(low, high, sizes, period):
+        shapes = choose_shapes(low, high, sizes, period, limits)
+        for (arch, (unit, blocks)), (width, depth) in itertools.product(families.items(), shapes):
             pattern = at_width(" ".join([unit] * (depth // blocks)), width)
             run = price(pattern, width, context, vocab_size)
             flops = run.pop("token_flops") * batch * context          # of a step
@@ -1225,7 +1225,7 @@ def configuration(run, out, data, tokenizer, context):
 
 CSV_COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr "
                "steps seed epochs").split()
-KEY = ("arch", "budget", "width", "depth", "seed")                   # what tells two runs apart
+KEY = ("arch", "budget", "width", "depth", "seed")       # what tells runs apart, as in their names
 
 
 def write_runs(path, runs, earlier):
@@ -1332,8 +1332,6 @@ def run_fit(args):
     if args.draws:
         np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in results.items() for m in METHODS
                                 if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
-    if args.plot:
-        plot(archs, args.plot)
     if args.json:
         return print(json.dumps(plain(whole | out), allow_nan=False))
     results |= {"all together": whole} if len(archs) > 1 else {}
@@ -1342,7 +1340,7 @@ def run_fit(args):
 
 
 def run_compare(args):
-    rows = compare(read_scores(args.mad), read_runs(args.runs))
+    rows = plain(compare(read_scores(args.mad), read_runs(args.runs)))
     print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(report("budget", rows)))
 
 
@@ -1355,38 +1353,28 @@ def run_plot(args):
 
 
 def run_sweep(args):
-    vocab_size = readable(tasks.vocab_size, args.tokenizer)
+    vocab_size = tasks.vocab_size(args.tokenizer)
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
                                   args.tokens_per_parameter, args.seed)
     say_left_out(left_out, runs)
-    readable(tasks.load_tokens, args.data, args.tokenizer)           # tokenised once, or refused
-    configs = [readable(configuration, run, args.out, args.data, args.tokenizer, args.context)
+    tasks.load_tokens(args.data, args.tokenizer)                     # tokenised once, or refused
+    configs = [configuration(run, args.out, args.data, args.tokenizer, args.context)
                for run in runs]
     for config in configs:
-        readable(train.find_folder, config)                          # no folder holds another run
-    path = Path(args.csv or Path(args.out) / "runs.csv")
+        train.find_folder(config)                                    # no folder holds another run
+    path = Path(args.out) / "runs.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         failed = sweep(runs, configs, path)
-    except train.Interrupted as stop:
-        print(f"{stop.args[0]}; finished runs, if any, are in {path}", file=sys.stderr)
-        return 128 + stop.args[1]
-    except KeyboardInterrupt:
-        print(f"stopped at once; finished runs, if any, are in {path}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:                                # train.Interrupted has args
+        why, number = stop.args or ("stopped at once", 2)
+        print(f"{why}; finished runs, if any, are in {path}", file=sys.stderr)
+        return 128 + number
     again = max(run["epochs"] or 0 for run in runs)
     print(f"{len(runs) - failed} of {len(runs)} runs are in {path}"
           + f"; some read their corpus up to {again:.1f} times" * (again > 1)
           + f"\nnext: python scaling.py fit {path}")
     return 1 if failed else 0
-
-
-def readable(check, *args):
-    """check(*args), a mistake of the user as a FitError."""
-    try:
-        return check(*args)
-    except ValueError as error:
-        raise FitError(str(error).replace("--name", "--out")) from None
 
 
 def say_left_out(runs, others):
@@ -1398,42 +1386,29 @@ def say_left_out(runs, others):
 
 
 def run_plan(args):
-    vocab_size = readable(tasks.vocab_size, args.tokenizer)
+    vocab_size = tasks.vocab_size(args.tokenizer)
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
                                   args.tokens_per_parameter, reach=9, limits=PAPER_SIZES)
     say_left_out(left_out, runs)
     print(show_plan(runs, args.context, vocab_size, args.card, args.utilisation))
 
 
-def positive(text):
-    value = float(text)
-    if not 0 < value < np.inf:
-        raise ValueError
-    return value
-
-
-def count(text):
-    if positive(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(positive(text))
-
-
-def seed(text):
-    return 0 if text == "0" else count(text)
+def above(low, kind=int):
+    """A type for argparse: a finite number above `low`."""
+    def read(text):
+        if not low < (value := kind(text)) < np.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be finite and above {low}")
+        return value
+    read.__name__ = kind.__name__                                    # in argparse's message
+    return read
 
 
 def listed(kind):
     """Values with commas between, none of them twice."""
     def split(text):
         return list(dict.fromkeys(map(kind, text.split(","))))
-    split.__name__ = f"list of {kind.__name__}"                      # in argparse's message
+    split.__name__ = f"list of {kind.__name__}"
     return split
-
-
-def several(text):
-    if (value := count(text)) < 5:
-        raise ValueError
-    return value
 
 
 def _command(commands, name, run, text, epilog=None):
@@ -1452,12 +1427,12 @@ def _isoflop_options(add, budgets, context, tokenizer, ratio):
     """What sweep and plan have in common."""
     add("--archs", type=listed(str), default=["transformer", "hybrid"], metavar="A,B",
         help="architectures, with commas between (default transformer,hybrid)")
-    add("--budgets", type=listed(positive), default=listed(positive)(budgets), metavar="C,C",
+    add("--budgets", type=listed(above(0, float)), default=budgets, metavar="C,C",
         help=f"training FLOPs of each group (default {budgets})")
-    add("--sizes", type=several, default=7, help="models a budget, at least 5 (default 7)")
-    add("--tokens-per-parameter", type=positive, default=ratio,
+    add("--sizes", type=above(4), default=7, help="models a budget, at least 5 (default 7)")
+    add("--tokens-per-parameter", type=above(0, float), default=ratio,
         help=f"at the middle size of a group; moves all sizes (default {ratio})")
-    add("--context", type=count, default=context, help=f"tokens a sequence (default {context})")
+    add("--context", type=above(0), default=context, help=f"tokens a sequence (default {context})")
     add("--tokenizer", default=tokenizer, help=f"bytes or tiktoken's (default {tokenizer})")
 
 
@@ -1466,14 +1441,14 @@ def _sweep_commands(commands):
                    "again it goes on where it was stopped", ARCHS_HELP)
     _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
     add("--data", help="as in train.py (default: Python's standard library)")
-    add("--seed", type=seed, default=0, help="of parameters and data (default 0)")
-    add("--out", default="out/sweep", help="folder of the runs' folders (default out/sweep)")
-    add("--csv", help="file of results; rows of other runs in it stay (default OUT/runs.csv)")
+    add("--seed", type=above(-1), default=0, help="of parameters and data (default 0)")
+    add("--out", default="out/sweep", help="folder of the runs' folders and of runs.csv, where "
+        "rows of other runs stay (default out/sweep)")
     add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
                    ARCHS_HELP)
     _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
     add("--card", choices=train.CARDS, default="H100", help="one of them (default H100)")
-    add("--utilisation", type=positive, default=0.4,
+    add("--utilisation", type=above(0, float), default=0.4,
         help="of its peak in bfloat16, a guess until measured (default 0.4)")
 
 
@@ -1483,14 +1458,13 @@ def main(argv=None):
     add = _command(commands, "fit", run_fit, "scaling laws of a CSV: N, D, loss[, C, arch, state]")
     add("runs", help="CSV file of runs")
     add("--json", action="store_true", help="print one JSON object")
-    add("--target", type=positive, help="budget to predict, FLOPs (default: the largest)")
-    add("--bootstrap", type=count, default=1000, help="resamples (default 1000)")
-    add("--seed", type=seed, default=0, help="of the resamples (default 0)")
-    add("--hold-out", type=positive, help="hold out budgets from this one (default: the largest)")
+    add("--target", type=above(0, float), help="budget to predict, FLOPs (default: the largest)")
+    add("--bootstrap", type=above(0), default=1000, help="resamples (default 1000)")
+    add("--seed", type=above(-1), default=0, help="of the resamples (default 0)")
+    add("--hold-out", type=above(0, float), help="least budget to hold out (default: the largest)")
     add("--draws", help="write every bootstrap draw to this .npz file")
-    add("--plot", help="also draw the plots into this image file")
     add = _command(commands, "compare", run_compare, "rank correlation of MAD scores with losses")
-    add("--mad", required=True, help="JSON {arch: score}, CSV (arch, mean), or train.py's folder")
+    add("--mad", required=True, help="folder of train.py's scores, or a CSV (arch, mean)")
     add("--runs", required=True, help="CSV file of runs, with an arch column")
     add("--json", action="store_true", help="print a JSON list, a row a budget")
     add = _command(commands, "table", run_table, "MAD scores beside the published ones")
@@ -1501,10 +1475,11 @@ def main(argv=None):
     add("--mad", help="MAD scores to draw against the losses")
     _sweep_commands(commands)
     args = parser.parse_args(argv)
+    tune_allocator()                                                 # the fits need it most
     try:
         return args.run(args)
-    except (FitError, OSError) as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:                           # --out names train.py's runs
+        print(f"scaling.py: {str(error).replace('--name', '--out')}", file=sys.stderr)
         return 2
 
 

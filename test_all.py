@@ -959,6 +959,7 @@ def test_weight_decay_is_for_matrices_only():
 
 LAW = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)   # Besiroglu et al. 2024
 BUDGETS = np.geomspace(1e18, 1e20, 5)
+layers.tune_allocator()                                  # as the commands do: faster fits
 
 
 def law(N, D, E, A, B, alpha, beta):
@@ -1062,6 +1063,11 @@ def test_bootstrap_is_seeded_joint_and_counts_failures():
         d = one.draws                                    # a draw is one resample in all of them
         assert np.allclose(d["a"] + d["b"], 1) and np.allclose(6 * d["N"] * d["D"], 1e20)
         assert np.allclose(d["tokens_per_parameter"], d["D"] / d["N"])
+    iso = scaling.fit_isoflop(*runs, bootstrap=300)      # each budget's own optimum
+    for row, draws in zip(iso.parabolas, np.exp(iso.optima["logN"][1:].T)):
+        low, high = row["intervals"]["N"]
+        assert [low, high] == pytest.approx(np.nanpercentile(draws, [2.5, 97.5]))
+        assert low < row["N"] < high and row["failed"] == np.isnan(draws).sum()
     low, high = one.intervals["alpha"]
     assert low < LAW["alpha"] < high and high - low < 0.15
     # Three sizes a budget: a resample keeps all three in 6 of 27 cases, at two budgets 1 in 20.
@@ -1100,9 +1106,11 @@ def test_rank_correlation():
     rng = np.random.default_rng(0)
     several = [rank(*rng.normal(size=(2, 12)), permutations=999, seed=i).p for i in range(200)]
     assert 0.02 <= np.mean(np.array(several) <= 0.1) <= 0.18             # uniform without relation
-    for x, y, why in [([1, 2], [1, 2], "at least 3"), ([1, 2, 3], [1, 1, 1], "constant"),
-                      ([1, 2, np.nan], [1, 2, 3], "finite"), ([1, 2, 3], [1, 2], "one length")]:
-        with pytest.raises(scaling.FitError, match=why):
+    for x, y in ([], []), ([1, 2], [1, 2]), ([1, 2, 3], [1, 1, 1]):      # no order to compare
+        found = rank(x, y)
+        assert math.isnan(found.rho) and math.isnan(found.p) and found.n == len(x)
+    for x, y in ([1, 2, np.nan], [1, 2, 3]), ([1, 2, 3], [1, 2]):
+        with pytest.raises(scaling.FitError, match="one length, of finite values"):
             rank(x, y)
 
 
@@ -1340,8 +1348,8 @@ def test_fit_reports_every_architecture(runs_csv, capsys, few_starts):
 
 
 def test_compare_ranks_architectures(runs_csv, tmp_path, capsys):
-    scores = tmp_path / "mad.json"
-    scores.write_text(json.dumps(dict(one=0.5, two=dict(mean=0.6), three=0.7, other=0.9)))
+    scores = tmp_path / "mad.csv"
+    scores.write_text("arch,mean\none,0.5\ntwo,0.6\nthree,0.7\nother,0.9\n")
     assert not scaling.main(["compare", "--mad", str(scores), "--runs", str(runs_csv), "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [r["rho"] for r in rows] == pytest.approx([-1] * 3) and rows[0]["n"] == 3
@@ -1547,16 +1555,24 @@ def test_plan_adds_up(capsys):
                                 limits=scaling.PAPER_SIZES)[0]
     assert 7e7 < min(r["N"] for r in runs) < 7.5e7 and 6.5e9 < max(r["N"] for r in runs) < 7e9
     assert not scaling.main(["plan", "--budgets", "8e19", "--card", "RTX 4090"])
-    assert "!" in capsys.readouterr().out                # 24 GB are not enough for all of them
+    said = capsys.readouterr()
+    assert "!" in said.out and not said.err              # 24 GB are not enough for all of them
+    many = ["plan", "--archs", "transformer", "--budgets", "4e18", "--sizes", "23"]
+    assert not scaling.main(many)                        # more than there are at that budget: said,
+    said = capsys.readouterr()                           # but none beyond the paper's sizes
+    assert "! 5 of 23 sizes lie beyond 7e+07 to 1.6e+09" in said.err
+    assert said.out.splitlines()[1].split()[4] == "72.9"             # the smallest, in millions
 
 
 @pytest.mark.parametrize("args, message", [
     (["sweep", "--archs", "hybird"], "did you mean hybrid"), (["plan", "--archs", ""], "unknown"),
     (["plan", "--archs", "mh-hyena@33"], "0, 8.3, 25, 50, 100%"),
     (["plan", "--archs", "transformer@25"], "other than attention"),
-    (["plan", "--budgets", "1e18,-1"], "1e18,-1"), (["sweep", "--sizes", "4"], "4"),
+    (["plan", "--budgets", "1e18,-1"], "-1 must be"), (["sweep", "--sizes", "4"], "above 4"),
     (["plan", "--card", "H1000"], "H1000"), (["sweep", "--tokenizer", "bites"], "bites"),
     (["plan", "--utilisation", "0"], "0"), (["sweep", "--budgets", "1e6"], "no run"),
+    (["plan", "--sizes", "58"], "23 sizes to choose from, 7.1e+07 to 6.4e+09"),
+    (["sweep", "--sizes", "99"], "--sizes 99: there are only 57 sizes"),
     (["sweep", "--data", "nowhere.txt"], "nowhere.txt")])
 def test_mistakes_with_sweeps_end_in_one_line(args, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1566,6 +1582,17 @@ def test_mistakes_with_sweeps_end_in_one_line(args, message, tmp_path, capsys, m
         status = stop.code
     error = capsys.readouterr().err
     assert status == 2 and message in error.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_a_sweep_leaves_the_folder_of_another_run_alone(tmp_path, capsys):
+    (folder := tmp_path / "transformer_1e12_64x2_seed0").mkdir()
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("to be or not to be, " * 2000)
+    assert scaling.main(["sweep", "--archs", "transformer", "--budgets", "1e12", "--data",
+                         str(tmp_path / "text.txt"), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "64x2_seed0 holds another run" in error and "choose another --out" in error
+    assert {p.name for p in tmp_path.iterdir()} == {folder.name, "text.txt"}
 
 
 def test_scaling_as_a_program_and_its_help(runs_csv, capsys):
@@ -2951,9 +2978,9 @@ def test_fuzz_of_tables(tmp_path, capsys):
         path = tmp_path / "runs.csv"
         ends = [b"", b"\n", b"\xff", b"\r"]
         path.write_bytes("\n".join([header, *rows]).encode() + pick(ends))
-        mad = tmp_path / "mad.json"
-        mad.write_bytes(pick([b"{}", b"[]", b"{", b'{"a": 1}', b'{"a": "x"}', b"\xff", b"", b"3",
-                              b'{"a": null}', b"[" * 100_000]))
+        mad = tmp_path / "mad.csv"
+        mad.write_bytes(pick([b"arch,mean", b"arch,mean\nall,1", b"arch,mean\nall", b"\xff", b"",
+                              b"arch,mean\nall,x", b"arch\nall", b"mean,arch\n,", b"[" * 100_000]))
         argv = pick([["fit", path], ["fit", path, "--json"], ["fit", tmp_path],
                      ["compare", "--runs", path, "--mad", mad], ["fit", tmp_path / "no.csv"]])
         argv = [*map(str, argv)] + (["--bootstrap", "30"] if argv[0] == "fit" else [])
