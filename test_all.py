@@ -2640,6 +2640,18 @@ def test_a_log_that_lost_lines_is_noticed(tmp_path):
     assert [x["step"] for x in logged(folder)] == [10, 12, 12, 20, 24, 24, 30, 36, 36, 40, 40]
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_it(tmp_path, monkeypatch):
+    config, synced, real = short(tmp_path), [], os.fsync
+    folder = stopped(config, 23)
+    run = train.Run(config, folder, quiet)
+    run.log(loss=1.0)
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd)), real(fd)))
+    run.save()
+    log, checkpoint = ((folder / name).stat() for name in ("log.jsonl", "ckpt.pt"))
+    assert [(s.st_ino, s.st_size) for s in synced] == [(log.st_ino, log.st_size),
+                                                       (checkpoint.st_ino, checkpoint.st_size)]
+
+
 class Malicious:
     """Unpickled, it writes a file."""
 

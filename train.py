@@ -1081,6 +1081,8 @@ class Run:
         self.check_parameters()
         if self.ranks.rank > 0:
             return
+        with disk_errors(self.log_path), open(self.log_path, "ab") as log:
+            os.fsync(log.fileno())            # else a power cut may leave it shorter than log_bytes
         content = dict({key: getattr(self, key) for key in self.STATE},
                        dtype=str(self.dtype)[6:], wall_s=self.wall_s(),
                        data_sha256=self.data.sha256, random=torch.get_rng_state(),
