@@ -1750,6 +1750,25 @@ def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):
     assert not yes and "no C++ compiler" in why
 
 
+def test_a_compiler_that_is_gone(tmp_path, monkeypatch):
+    """A run that was compiled goes on without it; one that asks for it ends in one line."""
+    config, said = short(tmp_path, compile="auto"), []
+    folder = stopped(config, 23)
+    saved = train.read_checkpoint(folder / "ckpt.pt", "cpu")
+    train.write_checkpoint(folder / "ckpt.pt", dict(saved, compiled=True))
+
+    def fails(*_, **__):
+        def run(*_):
+            raise RuntimeError("No working C++ compiler found\nTraceback")
+        return run
+    monkeypatch.setattr(torch, "compile", fails)
+    result = train.train(config, said.append)
+    assert "compile  off: failed here (RuntimeError: No working C++ compiler found)" in said
+    assert result["steps"] == 40 and result["machine"]["compiled"] is False
+    with pytest.raises(ValueError, match=r"^compile is 'on', but .* found\); try --compile off$"):
+        train.train(short(tmp_path, compile="on"), quiet)
+
+
 # -------------------------------------------------------------------------------------------------
 # Text
 

@@ -1029,12 +1029,12 @@ class Run:
             self.optimizer.zero_grad()
         left = self.shared.steps if self.shared else self.steps - self.step
         wanted = "off" if self.config.detect else self.config.compile    # no layers in a graph
-        auto, before = wanted == "auto" and self.compiled is None, self.compiled
-        measured = seconds(one_step, self.device, 1) if auto and left else 0
-        measured = self.ranks.largest(measured)
-        self.compiled, reason = choose_compile(wanted, self.device, left, measured)
-        if wanted == "auto" and before is not None:
-            self.compiled, reason = before, "as before this run was stopped"
+        if wanted == "auto" and self.compiled is not None:
+            reason = "as before this run was stopped"
+        else:
+            measured = seconds(one_step, self.device, 1) if wanted == "auto" and left else 0
+            self.compiled, reason = choose_compile(wanted, self.device, left,
+                                                   self.ranks.largest(measured))
         self.score = plain
         if self.compiled:
             mode = "max-autotune" if self.config.compile == "max-autotune" else None
@@ -1042,10 +1042,10 @@ class Run:
             try:
                 self.score(*next(iter(self.data.parts(self.step))))
             except Exception as error:            # whatever the compiler or its compiler throw
-                if not auto:
-                    raise
-                why = str(error).split("\n")[0][:150]
-                reason = f"failed here ({type(error).__name__}: {why})"
+                reason = f"failed here ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
+                if wanted != "auto":
+                    raise ValueError(f"compile is {wanted!r}, but compiling {reason}; "
+                                     f"try --compile off") from error
                 self.score, self.compiled = plain, False
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
         if self.shared:
