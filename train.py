@@ -406,6 +406,12 @@ def filled(tokens, targets, rows):
     return F.pad(tokens, fill), F.pad(targets, fill, value=tasks.IGNORE)
 
 
+def sent(tensor, device):
+    """The tensor on the device; the copy to a GPU is from pinned memory, and doesn't wait."""
+    return (tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else
+            tensor.to(device))
+
+
 class TaskData:
     """A MAD task: a fixed training set, shuffled anew each epoch, and a test set."""
 
@@ -432,8 +438,8 @@ class TaskData:
         """(tokens, targets) of a step, (B, T) each: a function of seed and step alone."""
         epoch, i = divmod(step, self.epoch_steps)
         if epoch != self.epoch:
-            order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)   # a prime
-            self.order = torch.randperm(len(self.train), generator=order).to(self.device)
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)    # a prime
+            self.order = sent(torch.randperm(len(self.train), generator=draw), self.device)
             self.epoch = epoch
         rows = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         return self.train[rows], self.targets[rows]
@@ -488,12 +494,10 @@ class TextData:
                 f"{self.vocab_size}; a step reads {self.batch_size} windows of {self.length}")
 
     def windows(self, starts):
-        """(tokens, targets) (B, T) on the device; the copy to a GPU doesn't wait."""
+        """(tokens, targets) (B, T) on the device."""
         rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
         both = torch.from_numpy(np.stack((rows[:, :-1], rows[:, 1:])))        # (2, B, T)
-        if self.device == "cuda":
-            both = both.pin_memory()
-        return both.to(self.device, non_blocking=True).unbind(0)
+        return sent(both, self.device).unbind(0)
 
     def batch(self, step):
         """This process' rows of a step's batch, which is a function of seed and step alone."""
