@@ -1673,7 +1673,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
         run = train.Run(config, folder, quiet)
         assert run.step == before
         batch = run.data.batch
-        run.data.batch = lambda step: (setattr(run, "signal", signal.SIGTERM)
+        run.data.batch = lambda step: (setattr(run, "asked_to_stop", signal.SIGTERM)
                                        if step + 1 >= stop else None, batch(step))[1]
         assert not run.go() and run.step == stop
         before = stop
@@ -2047,6 +2047,7 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
         raise AssertionError("the step looks at a number on the device")
     for name in ("item", "cpu", "numpy", "tolist", "__float__", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, waits)
+    monkeypatch.setattr(run.ranks, "largest", waits)     # nor for other processes' signals
     with pytest.raises(AssertionError):
         float(torch.ones(1))
     for _ in range(3):

@@ -1182,15 +1182,17 @@ class Run:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.signal = self.signal or int(self.ranks.largest(self.asked_to_stop)) or None
         return self.data.batch_size * self.data.length, loss, norm
 
     def some_steps(self, bar):
-        """Steps up to the next log line or test, then one look at the loss; less on a signal."""
+        """
+        Steps up to the next log line or test, then one look at the loss and for signals of other
+        processes. Alone, a signal ends them after the step under way.
+        """
         start, tokens, seen = time.perf_counter(), 0, []
         next_one = lambda every: (self.step // every + 1) * every
         until = min(self.steps, next_one(LOG_EVERY), next_one(self.eval_every))
-        while self.step < until and not self.signal:
+        while self.step < until and not (self.asked_to_stop and self.ranks.count == 1):
             count, *numbers = self.one_step()
             seen.append(torch.stack(numbers))
             tokens += count
@@ -1198,6 +1200,7 @@ class Run:
             if self.watch and self.watch.found:
                 raise self.fault(f"--detect has found {self.watch.found}", self.step)
         loss, norm = self.check_steps(torch.stack(seen).tolist())
+        self.signal = int(self.ranks.largest(self.asked_to_stop)) or None
         took = time.perf_counter() - start
         self.train_seconds += took
         if self.step < until:
@@ -1334,7 +1337,10 @@ def on_signals(stop):
 
 
 def catching_signals(run):
-    """The first Ctrl-C or SIGTERM ends the run after the step under way; the second at once."""
+    """
+    The first Ctrl-C or SIGTERM ends the run after the step under way (of several processes: at
+    their next log line or test); the second at once.
+    """
     def stop(number, _):
         if run.asked_to_stop:
             raise KeyboardInterrupt
