@@ -2387,6 +2387,17 @@ def test_runs_that_share_a_model_equal_lone_ones(compiled, tmp_path, monkeypatch
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_runs_that_share_a_model_keep_their_own_dtype(tmp_path, monkeypatch):
+    config = short(tmp_path, dtype="auto")
+    monkeypatch.setattr(train, "fastest_dtype", lambda _: (torch.bfloat16, "measured"))
+    folder = stopped(config, 23)
+    monkeypatch.setattr(train, "fastest_dtype", lambda _: (torch.float32, "measured"))
+    shared = train.Shared()
+    for run_config, dtype in ((short(tmp_path, seed=1), torch.float32), (config, torch.bfloat16)):
+        run = train.Run(run_config, train.find_folder(run_config)[0], quiet, shared)
+        assert run.score.args == (shared.model, dtype)
+
+
 def test_mad_table_shows_what_is_recorded(fake, tmp_path, capsys):
     arch = ("transformer", "hyena", "mamba")             # published means 74.5, 66.0, 69.3
     for i, a in enumerate(arch):

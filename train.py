@@ -936,8 +936,8 @@ class Shared:
 
     def __init__(self):
         self.steps = 0                        # that runs of the shape have before them, about
-        self.shape = self.model = self.score = None
-        self.compiled = False
+        self.shape = self.model = None
+        self.graphs = {}                      # {dtype: (Run.score, whether it is compiled)}
 
     def model_for(self, shape, fresh):
         """A model with fresh's parameters: the last run's, so that its compiled graph serves."""
@@ -945,9 +945,9 @@ class Shared:
             self.model.load_state_dict(fresh.state_dict())
             self.model.zero_grad()            # a run that failed may have left gradients
         else:
-            if self.compiled:
+            if any(compiled for _, compiled in self.graphs.values()):
                 torch.compiler.reset()        # it keeps few graphs of one function: make room
-            self.shape, self.model, self.score, self.compiled = shape, fresh, None, False
+            self.shape, self.model, self.graphs = shape, fresh, {}
         return self.model
 
 
@@ -1011,7 +1011,7 @@ class Run:
         self.model = Model(config.pattern, data.vocab_size, config.dim, data.length,
                            setting.backbone if setting else "lm").to(self.device)
         self.shape = (config.pattern, data.vocab_size, config.dim, data.length, data.batch_size,
-                      self.model.backbone, self.device, self.dtype)
+                      self.model.backbone, self.device)
         if self.shared:
             self.model = self.shared.model_for(self.shape, self.model)
         self.random = torch.get_rng_state()           # training draws nothing; a new layer might
@@ -1023,8 +1023,8 @@ class Run:
         """self.score: `scored`, compiled if that pays within the run, or runs of this shape."""
         # It holds nothing else of this run: others of its shape may use it.
         self.plain = plain = functools.partial(scored, self.model, self.dtype)
-        if self.shared and self.shared.score:
-            self.score, self.compiled = self.shared.score, self.shared.compiled
+        if self.shared and self.dtype in self.shared.graphs:
+            self.score, self.compiled = self.shared.graphs[self.dtype]
             return
 
         def one_step():
@@ -1053,7 +1053,7 @@ class Run:
                 self.score, self.compiled = plain, False
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
         if self.shared:
-            self.shared.score, self.shared.compiled = self.score, self.compiled
+            self.shared.graphs[self.dtype] = self.score, self.compiled
 
     # -- disk ------------------------------------------------------------------------------------
 
