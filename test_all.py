@@ -1688,6 +1688,16 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
     assert strip(logged(whole["folder"])) == strip(logged(parts["folder"]))
 
 
+def test_a_signal_during_a_test_ends_the_run_one_step_later(tmp_path, monkeypatch):
+    run, evaluate = train.Run(small(tmp_path, eval_every=10), tmp_path / "run", quiet), train.evaluate
+
+    def evaluate_and_signal(*args):
+        run.asked_to_stop = signal.SIGTERM
+        return evaluate(*args)
+    monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
+    assert not run.go() and run.step == 11 and run.signal == signal.SIGTERM
+
+
 def test_macro_accuracy_is_torchmetrics():
     """Mean recall over the classes that occur; worked by hand: 1/2, 1/1, 0, one said only."""
     said, right = torch.tensor([0, 3, 1, 1]), torch.tensor([0, 0, 1, 2])

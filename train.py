@@ -1192,7 +1192,8 @@ class Run:
         start, tokens, seen = time.perf_counter(), 0, []
         next_one = lambda every: (self.step // every + 1) * every
         until = min(self.steps, next_one(LOG_EVERY), next_one(self.eval_every))
-        while self.step < until and not (self.asked_to_stop and self.ranks.count == 1):
+        stop = lambda: seen and self.asked_to_stop and self.ranks.count == 1
+        while self.step < until and not stop():
             count, *numbers = self.one_step()
             seen.append(torch.stack(numbers))
             tokens += count
