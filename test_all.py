@@ -1744,6 +1744,22 @@ def test_help_and_a_run_from_the_command_line(tmp_path):
     assert "test_acc" in done.stderr and "tokens_s" in done.stderr
 
 
+def test_suggested_commands_keep_the_options():
+    r = dict.fromkeys(("test_accuracy", "chance", "macro_accuracy", "steps", "planned_steps", "mfu",
+                       "wall_s", "tokens_per_s", "flops_per_s", "val_loss", "val_accuracy",
+                       "bits_per_byte", "train_flops"), 0) | dict(folder="a b", ended="")
+    commands = lambda **options: [line.strip().removeprefix("python train.py ") for line in
+                                  train.summary(train.TrainConfig(**options), r).splitlines()
+                                  if line.startswith("  ")]
+    assert commands() == ["--arch transformer", "--show 'a b'", "--arch hybrid --epochs 200"]
+    assert commands(arch="transformer", task=COPYING, seq_len=64, steps=9) == [
+        f"--arch hybrid --task {COPYING} --seq-len 64 --steps 9", "--show 'a b'",
+        f"--arch transformer --task {COPYING} --seq-len 64 --epochs 200"]
+    assert commands(layers="swiglu", task="text", tokenizer="gpt2", context=64, name="x") == [
+        "--sample 'a b' --prompt 'def '", "--arch transformer --task text --tokenizer gpt2 "
+        "--context 64"]
+
+
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_every_task_runs(task, tmp_path):
     change = dict(num_tokens_to_copy=4) if task == "selective-copying" else {}

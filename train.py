@@ -779,9 +779,11 @@ def identity(config):
 def command_of(config):
     """The command that makes this run, in a folder with a default name."""
     words = ["--arch", config.arch] if config.layers is None else ["--layers", config.layers]
+    if config.task != TrainConfig.task:
+        words += ["--task", config.task]
     for name, value in config.changed():
         words += ["--" + name, str(value)]
-    return shlex.join(["python", "train.py", *words, "--task", config.task])
+    return shlex.join(["python", "train.py", *words])
 
 
 class InUse(ValueError):
@@ -1389,46 +1391,34 @@ def train_in(folder, config, say, shared):
 
 
 def speed_of(r):
-    mfu = f"{100 * r['mfu']:.0f}%" if r.get("mfu") else "n/a"
+    mfu = f"{100 * r['mfu']:.0f}%" if r["mfu"] else "n/a"
     return (f"{r['wall_s']:.0f} s in all; in training {r['tokens_per_s']:,} tokens and "
-            f"{r.get('flops_per_s', 0) / 1e9:,.0f} GFLOP a second (MFU {mfu})")
-
-
-def text_summary(config, r):
-    sample = shlex.join(["python", "train.py", "--sample", r["folder"], "--prompt", "def "])
-    bits, tokens = r["bits_per_byte"], r["steps"] * config.batch_size * config.context
-    other = "transformer" if config.arch != "transformer" else "hybrid"
-    data = " " + shlex.join(["--data", config.data]) if config.data else ""
-    return "\n".join([
-        f"validation loss  {r['val_loss']:.4f} a token"
-        + (f", {bits:.4f} bits a byte" if bits else "")
-        + f"; {100 * r['val_accuracy']:.1f}% of tokens right",
-        f"training         {r['steps']:,} steps, {tokens:,} tokens, {r['train_flops']:.2e} FLOPs",
-        f"time             {speed_of(r)}",
-        f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
-        "next: more text from this model, the same corpus for another architecture",
-        f"  {sample}",
-        f"  python train.py --arch {other} --task text{data}"])
+            f"{r['flops_per_s'] / 1e9:,.0f} GFLOP a second (MFU {mfu})")
 
 
 def summary(config, r):
     """What a run came to, and what to try next."""
+    like_this = lambda **change: command_of(dataclasses.replace(config, resume=None, **change))
+    of_folder = lambda *words: shlex.join(["python", "train.py", *words])
+    other = like_this(arch="hybrid" if config.arch == "transformer" else "transformer", layers=None)
     if config.task == "text":
-        return text_summary(config, r)
-    other = "transformer" if config.arch != "transformer" else "hybrid"
-    task = "" if config.task == TrainConfig.task else f" --task {config.task}"
-    which = shlex.join(["--layers", config.layers] if config.layers else ["--arch", config.arch])
-    lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens (chance {r['chance']:.3f}), "
-             f"{r['macro_accuracy']:.4f} averaged over classes",
-             f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})",
-             f"time             {speed_of(r)}",
-             f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
-             "next: another architecture, what the layers learned to mix, the paper's protocol",
-             f"  python train.py --arch {other}{task}" + (
-                 f" --steps {r['planned_steps']}" if config.steps else ""),
-             "  " + shlex.join(["python", "train.py", "--show", r["folder"]]),
-             f"  python train.py {which}{task} --epochs 200"]
-    return "\n".join(lines)
+        bits = f", {r['bits_per_byte']:.4f} bits a byte" if r["bits_per_byte"] else ""
+        tokens = r["steps"] * config.batch_size * config.context
+        lines = [f"validation loss  {r['val_loss']:.4f} a token{bits}; "
+                 f"{100 * r['val_accuracy']:.1f}% of tokens right",
+                 f"training         {r['steps']:,} steps, {tokens:,} tokens, "
+                 f"{r['train_flops']:.2e} FLOPs"]
+        ideas = "more text from this model, the same corpus for another architecture"
+        commands = [of_folder("--sample", r["folder"], "--prompt", "def "), other]
+    else:
+        lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens (chance {r['chance']:.3f}), "
+                 f"{r['macro_accuracy']:.4f} averaged over classes",
+                 f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})"]
+        ideas = "another architecture, what the layers learned to mix, the paper's protocol"
+        commands = [other, of_folder("--show", r["folder"]), like_this(epochs=200, steps=None)]
+    return "\n".join([*lines, f"time             {speed_of(r)}",
+                      f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
+                      f"next: {ideas}", *("  " + c for c in commands)])
 
 
 # =================================================================================================
