@@ -1642,7 +1642,7 @@ def test_optimizer_is_the_protocols(tmp_path):
     assert [len(g["params"]) for g in every.param_groups] == [len([*run.model.parameters()]), 0]
 
 
-def test_run_folder_and_repetition(tmp_path):
+def test_run_folder_and_repetition(tmp_path, monkeypatch):
     said = []
     first = train.train(small(tmp_path), said.append)
     folder = Path(first["folder"])
@@ -1660,6 +1660,16 @@ def test_run_folder_and_repetition(tmp_path):
     with pytest.raises(ValueError, match="lr 0.001 -> 0.0005.*choose another --name"):
         named = dict(name=folder.name, out=str(tmp_path))
         train.train(small(tmp_path, lr=5e-4, **named), quiet)
+    with monkeypatch.context() as patch:                 # other code: another folder, one a code
+        patch.setattr(train, "code_version", lambda: "other")
+        second, note = train.find_folder(small(tmp_path))
+        assert second.name == f"{folder.name}-{train.run_key(small(tmp_path))[:8]}" and note
+        assert train.find_folder(small(tmp_path))[0] == second
+        second.mkdir()
+        (second / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="holds another run .*code None -> 'other'"):
+            train.find_folder(small(tmp_path))
+        shutil.rmtree(second)
     other = train.train(small(tmp_path, seed=1), quiet)
     assert other["test_loss"] != first["test_loss"] and other["data_sha256"] != first["data_sha256"]
 

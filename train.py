@@ -734,27 +734,32 @@ def git_hash():
 def find_folder(config):
     """
     The run's folder: a new one, or one that holds the same run (same options, same code). A folder
-    of another run is left alone: with a default name the run takes the next free one, with --name
-    it stops. Returns (folder, note or None), makes nothing. ValueError shows the difference.
+    of another run is left alone: with a default name the run takes one whose name ends in its key,
+    with --name it stops. Returns (folder, note or None), makes nothing. ValueError shows the
+    difference.
     """
     if config.resume is not None:
         return Path(config.resume), check_resumed(config)
-    base, wanted = Path(config.out) / config.run_name, identity(config)
-    for attempt in range(1, 1000):
-        folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
-        try:
-            found = read_object(folder / "config.json")
-        except FileNotFoundError:
-            found = None
-        if found is None or {k: v for k, v in found.items() if k != "command"} == wanted:
-            break
-        differ = [f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in wanted
-                  if found.get(k) != wanted.get(k)]
-        if config.name is not None:
-            raise ValueError(f"{folder} holds another run ({'; '.join(differ)}); "
-                             f"choose another --name")
+    base = folder = Path(config.out) / config.run_name
+    differ = difference(folder, config)
+    if differ and config.name is None:
+        folder = base.with_name(f"{base.name}-{run_key(config)[:8]}")
+        differ = difference(folder, config)
+    if differ:
+        raise ValueError(f"{folder} holds another run ({differ}); choose another --name")
     return folder, (f"{base} holds another run, or one of other code: this one goes into {folder}"
                     if folder != base else None)
+
+
+def difference(folder, config):
+    """What the run in a folder has other than this one, as a line; "" if nothing, or no run."""
+    wanted = identity(config)
+    try:
+        found = read_object(folder / "config.json")
+    except FileNotFoundError:
+        return ""
+    return "; ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in {**wanted, **found}
+                     if k != "command" and found.get(k) != wanted.get(k))
 
 
 def check_resumed(config):
@@ -774,6 +779,11 @@ def identity(config):
                if not f.metadata.get("how") and f.name not in ("out", "name")}
     return {**options, "pattern": config.pattern, "code": code_version(),
             "setting": dataclasses.asdict(config.setting) if config.setting else None}
+
+
+def run_key(run):
+    """A hash of all that determines a run's result: its options, setting, seed and the code."""
+    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def command_of(config):
@@ -1531,11 +1541,6 @@ class MadConfig:
 
 PASSED_ON = tuple(f.name for f in dataclasses.fields(MadConfig) if f.name != "task"
                   and f.name in TrainConfig.__dataclass_fields__)
-
-
-def run_key(run):
-    """A hash of all that determines a run's result: its options, setting, seed and the code."""
-    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def runs_of(config, setting, steps):
