@@ -77,16 +77,59 @@ def choice(default, *others, text):
 
 
 @dataclass
-class TrainConfig:
+class Options:
+    """A command line. ValueError names a bad option, its value and the range."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_field(f, getattr(self, f.name))
+
+
+@dataclass
+class Common(Options):
+    """What a run and the MAD protocol, a grid of runs, have in common."""
+    arch: str = option("hybrid", "architecture of model.py")
+    layers: str | None = option(None, "pattern of layers instead of an architecture")
+    task: str = choice("in-context-recall", *[t for t in tasks.TASKS if t != "in-context-recall"],
+                       "text", text="what to learn")
+    dim: int = option(128, "width D of the model", low=1)
+    seed: int = option(0, "of parameters, data and order", low=0)
+    device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
+    dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products; auto measures "
+                        "which is faster. What stays float32 needs it, so TF32 stays off")
+    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile; auto times a "
+                          "step and compiles if the run is long enough for that to pay; "
+                          "max-autotune also tries kernels for minutes, for long runs on a GPU")
+    out: str = option("out", "folder that run folders go into")
+    schedule: str = choice("cosine", "constant", text="learning rate over time")
+    warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
+    min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
+    decay: str = choice("matrices", "all", text="what weight decay is applied to; all: norms, "
+                        "biases, filters and Mamba's A and D, too")
+    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
+                          below=1.0)
+    clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
+    nonfinite: str = choice("stop", "skip", text="at a loss or gradient that is inf or nan: end, "
+                            "or go on without this step, for which every step is waited for")
+    early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
+                               of="MAD")
+
+
+@dataclass
+class TrainConfig(Common):
     """
     Train one architecture on one task.
 
     Everything that determines a run. ValueError names a bad field, its value and the range.
     """
-    arch: str = option("hybrid", "architecture of model.py")
-    layers: str | None = option(None, "pattern of layers instead of an architecture")
-    task: str = choice("in-context-recall", *[t for t in tasks.TASKS if t != "in-context-recall"],
-                       "text", text="what to learn")
+    lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
+    weight_decay: float = option(0.1, "AdamW's (the paper's grid: 0 0.1)", low=0.0)
+    batch_size: int | None = option(None, "sequences a step (the default: 128; text: 32)", low=1)
+    accumulate: int = option(1, "parts that a batch is computed in, to save memory", low=1,
+                             of="text")
+    steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
+    epochs: int = option(4, "passes over the training data (the paper: 200)", low=1, of="MAD")
+    eval_every: int | None = option(None, "steps between tests (the default: half an epoch)", low=1)
     seq_len: int | None = option(None, "length T of the task's sequences", low=1, of="MAD")
     vocab_size: int | None = option(None, "vocabulary of the task", low=1, of="MAD")
     num_train: int | None = option(None, "training sequences", low=1, of="MAD")
@@ -99,44 +142,15 @@ class TrainConfig:
     tokenizer: str = option("bytes", "bytes or one of tiktoken's, such as gpt2", of="text")
     context: int | None = option(None, "tokens a window of text (the default: 128)", low=1,
                                  of="text")
-    dim: int = option(128, "width D of the model", low=1)
-    epochs: int = option(4, "passes over the training data (the paper: 200)", low=1, of="MAD")
-    steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
-    batch_size: int | None = option(None, "sequences a step (the default: 128; text: 32)", low=1)
-    accumulate: int = option(1, "parts that a batch is computed in, to save memory", low=1,
-                             of="text")
-    lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
-    min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
-    warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
-    weight_decay: float = option(0.1, "AdamW's (the paper's grid: 0 0.1)", low=0.0)
-    decay: str = choice("matrices", "all", text="what it is applied to; all: norms, biases, "
-                        "filters and Mamba's A and D, too")
-    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
-                          below=1.0)
-    schedule: str = choice("cosine", "constant", text="learning rate over time")
-    seed: int = option(0, "of parameters, data and order", low=0)
-    device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
-    dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products; auto measures "
-                        "which is faster. What stays float32 needs it, so TF32 stays off")
-    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile; auto times a "
-                          "step and compiles if the run is long enough for that to pay; "
-                          "max-autotune also tries kernels for minutes, for long runs on a GPU")
-    out: str = option("out", "folder that run folders go into")
     name: str | None = option(None, "of the run's folder; the default is made from the options")
-    clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
-    eval_every: int | None = option(None, "steps between tests (the default: half an epoch)", low=1)
-    early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
-                               of="MAD")
-    nonfinite: str = choice("stop", "skip", text="at a loss or gradient that is inf or nan: end, "
-                            "or go on without this step, for which every step is waited for")
     detect: bool = option(False, "watch every layer, slowly, and end at the first inf or nan in "
                           "an output or gradient", how=True)
     resume: str | None = option(None, "folder of a run to go on with, by its own options",
                                 how=True)
 
     def __post_init__(self):
+        super().__post_init__()
         for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
             if getattr(self, f.name) is None:
                 setattr(self, f.name, self.default(f))
             check_use(f, getattr(self, f.name), self.task)
@@ -1470,14 +1484,8 @@ PRESETS = {
 }
 
 
-def same(name):
-    """TrainConfig's option of this name."""
-    f = TrainConfig.__dataclass_fields__[name]
-    return dataclasses.field(default=f.default, metadata=f.metadata)
-
-
 @dataclass
-class MadConfig:
+class MadConfig(Common):
     """
     The MAD score of an architecture: every task of a preset, a grid of runs each.
 
@@ -1486,8 +1494,6 @@ class MadConfig:
     range.
     """
     task: str = choice("mad", text="this protocol")
-    arch: str = same("arch")
-    layers: str | None = same("layers")
     preset: str = option("quick", f"numbers of the protocol (one of {', '.join(PRESETS)})")
     tasks: str | None = option(None, "only these, with commas between")
     settings: str = choice("all", "baseline", text="of each task all the preset's or its first one")
@@ -1496,24 +1502,9 @@ class MadConfig:
     select: str = choice("last", "best-loss", text="a run's score is that of its last test or, as "
                          "in mad-lab, that of the test with the least loss")
     results: str = option("results/mad", "folder for the scores")
-    dim: int = same("dim")
-    min_lr: float = same("min_lr")
-    warmup: int = same("warmup")
-    beta2: float = same("beta2")
-    schedule: str = same("schedule")
-    decay: str = same("decay")
-    seed: int = same("seed")
-    device: str = same("device")
-    dtype: str = same("dtype")
-    compile: str = same("compile")
-    out: str = same("out")
-    clip: float | None = same("clip")
-    nonfinite: str = same("nonfinite")
-    early_stop: float = same("early_stop")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise tasks.unknown("preset", self.preset, PRESETS)
         for task in self.task_list:
@@ -1539,8 +1530,7 @@ class MadConfig:
                 if f.name in names and getattr(self, f.name) != f.default}
 
 
-PASSED_ON = tuple(f.name for f in dataclasses.fields(MadConfig) if f.name != "task"
-                  and f.name in TrainConfig.__dataclass_fields__)
+PASSED_ON = tuple(f.name for f in dataclasses.fields(Common) if f.name != "task")
 
 
 def runs_of(config, setting, steps):
@@ -1969,7 +1959,7 @@ def benchmark_generation(device, steps=32):
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Options):
     """
     Let the model of a text run write, one token at a time, through the layers' `step`.
 
@@ -1984,8 +1974,7 @@ class SampleConfig:
     device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
+        super().__post_init__()
         if 0 < self.temperature < 0.001:
             raise ValueError(f"temperature is {self.temperature!r}; permitted: 0, or from 0.001")
 
@@ -2083,15 +2072,11 @@ def sample_after(config, result):
 
 
 @dataclass
-class ShowConfig:
+class ShowConfig(Options):
     """Draw which tokens each layer of a trained run mixes, on a sequence of its task."""
     show: str = option("", "folder of a run, such as out/hybrid_in-context-recall")
     plot: str | None = option(None, "file for a figure (PNG), instead of text")
     tokens: int = option(64, "how many of the sequence", low=2)
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
 
 
 @torch.no_grad()
