@@ -243,13 +243,17 @@ def safe_name(name):
     return name
 
 
-def parse_args(argv=None, kind=None):
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)             # one line, as after any other mistake: no usage
+
+
+def parse_args(argv=None, kind=TrainConfig):
     """
-    argv -> TrainConfig (or another dataclass of options); a mistake ends in one line that names the
-    way out, and exit code 2.
+    argv -> TrainConfig (or other Options); a mistake ends in one line that names the way out, and
+    exit code 2.
     """
-    kind = kind or TrainConfig
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
         + ". Text from a run: train.py --sample out/RUN -h; its layers: --show out/RUN. The MAD "
