@@ -1090,11 +1090,12 @@ class Run:
     STATE = "step", "best", "metrics", "train_seconds", "skipped", "ended", "compiled"
 
     def check_disk(self):
-        """OSError if there is no room for the checkpoint, the one before it and the next."""
+        """OSError if there is no room for the last checkpoints, the next and the best parameters."""
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        numbers = 3 * sum(p.numel() for p in self.model.parameters())    # AdamW has two of each
+        parameters = sum(p.numel() for p in self.model.parameters())
         have = sum(p.stat().st_size for p in self.folder.glob("*.pt"))
-        needed, free = 3 * 4 * numbers - have, shutil.disk_usage(there).free
+        # Of each 4 bytes in best.pt; in three checkpoints (one half-written) AdamW's two, as well.
+        needed, free = 4 * (3 * 3 + 1) * parameters - have, shutil.disk_usage(there).free
         if free < needed:
             raise OSError(f"{there} has {free / 1e6:,.1f} MB free, and this run's checkpoints need "
                           f"{needed / 1e6:,.1f} MB: make room, or choose another --out")
