@@ -1654,6 +1654,7 @@ def test_run_folder_and_repetition(tmp_path, monkeypatch):
         assert key in result
     assert any(s.startswith("device   cpu") for s in said) and result["steps"] == 30
     before = {p: p.read_bytes() for p in folder.iterdir()}
+    assert train.train(small(tmp_path), None) == first
     again = train.train(small(tmp_path), said.append)    # finished: shown again, nothing rewritten
     assert again == first and "finished" in said[-1]
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
@@ -1672,6 +1673,17 @@ def test_run_folder_and_repetition(tmp_path, monkeypatch):
         shutil.rmtree(second)
     other = train.train(small(tmp_path, seed=1), quiet)
     assert other["test_loss"] != first["test_loss"] and other["data_sha256"] != first["data_sha256"]
+
+
+def test_a_run_that_is_to_be_silent_is(tmp_path, capfd):
+    train.train(small(tmp_path, steps=2), quiet)
+    assert "2/2" in capfd.readouterr().err
+    with_note = small(tmp_path, steps=2, compile="on", num_train=64)
+    folder, _ = train.find_folder(with_note)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    train.train(dataclasses.replace(with_note, compile="off"), None)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):

@@ -987,7 +987,8 @@ class Run:
     def __init__(self, config, folder, say=print, shared=None):
         self.config, self.folder, self.ranks = config, folder, Ranks(config.task)
         self.shared = shared                  # what runs of a grid share in a process, or None
-        self.say = say if self.ranks.rank == 0 else lambda line: None
+        self.silent = say is None or self.ranks.rank > 0
+        self.say = (lambda line: None) if self.silent else say
         self.started, self.step, self.train_seconds = time.perf_counter(), 0, 0.0
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
         self.asked_to_stop = 0                # the number of a signal that this process has got
@@ -1256,32 +1257,24 @@ class Run:
         return numbers[-1]
 
     def test(self):
+        """`best` may be of an earlier test, which reads fewer windows of text than the last one."""
         if self.config.task == "text":
-            return self.test_text()
-        self.metrics = evaluate(self.score, self.data)
-        self.check_test(self.metrics["test_loss"])
-        self.log(**self.metrics)
-        accuracy = self.metrics["test_accuracy"]
-        if accuracy > self.best.get("test_accuracy", -1.0):
-            self.keep_best()
-        self.shown |= dict(test_acc=f"{accuracy:.3f}")
-        if accuracy >= self.config.early_stop:
-            self.ended = (f"stopped early at {100 * self.config.early_stop:g}% test accuracy, as "
-                          f"the protocol allows")
-
-    def test_text(self):
-        """`best` may be of an earlier test, which reads fewer windows than the last one."""
-        last = self.step == self.steps
-        self.metrics = evaluate_text(self.score, self.data, LAST_WINDOWS if last else TEST_WINDOWS)
-        self.check_test(self.metrics["val_loss"])
-        self.log(**self.metrics)
-        if self.metrics["val_loss"] < self.best.get("val_loss", math.inf):
-            self.keep_best()
-        self.shown |= dict(val_loss=f"{self.metrics['val_loss']:.4f}")
-
-    def check_test(self, loss):
+            windows = LAST_WINDOWS if self.step == self.steps else TEST_WINDOWS
+            self.metrics = m = evaluate_text(self.score, self.data, windows)
+            loss, better = m["val_loss"], m["val_loss"] < self.best.get("val_loss", math.inf)
+            self.shown |= dict(val_loss=f"{loss:.4f}")
+        else:
+            self.metrics = m = evaluate(self.score, self.data)
+            loss, better = m["test_loss"], m["test_accuracy"] > self.best.get("test_accuracy", -1.0)
+            self.shown |= dict(test_acc=f"{m['test_accuracy']:.3f}")
         if not math.isfinite(loss):
             raise self.fault(f"the loss of the test is {loss}", self.step)
+        self.log(**m)
+        if better:
+            self.keep_best()
+        if m.get("test_accuracy", 0.0) >= self.config.early_stop:
+            self.ended = (f"stopped early at {100 * self.config.early_stop:g}% test accuracy, as "
+                          f"the protocol allows")
 
     def go(self):
         """Train to the end, an early stop or a signal. Returns True unless it was a signal."""
@@ -1289,8 +1282,7 @@ class Run:
         torch.set_rng_state(self.random)
         self.watch = Watch(self.model) if self.config.detect else None
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
-                  desc=self.config.layers or self.config.arch,
-                  disable=self.ranks.rank > 0 or self.shared is not None) as bar, \
+                  desc=self.config.layers or self.config.arch, disable=self.silent) as bar, \
                 catching_signals(self):
             while self.ended is None and self.signal is None:
                 self.some_steps(bar)
@@ -1389,11 +1381,11 @@ class Interrupted(KeyboardInterrupt):
 
 def train(config, say=print, shared=None):
     """
-    One run, from its folder's state to its end. Returns the contents of its result.json. InUse (a
-    ValueError) if another process is at it.
+    One run, from its folder's state to its end; say=None: without a word or a progress bar. Returns
+    the contents of its result.json. InUse (a ValueError) if another process is at it.
     """
     folder, note = find_folder(config)
-    if note:
+    if note and say:
         say(f"note     {note}")
     with claim(folder) if Ranks(config.task).rank == 0 else contextlib.nullcontext():
         return train_in(folder, config, say, shared)
@@ -1403,8 +1395,9 @@ def train_in(folder, config, say, shared):
     """`train` in a folder that is held."""
     done = folder / "result.json"
     if done.exists():
-        say(f"note     this run is finished; its result is shown again. To train once more, choose "
-            f"another --seed or --name")
+        if say:
+            say(f"note     this run is finished; its result is shown again. To train once more, "
+                f"choose another --seed or --name")
         return read_object(done) | dict(folder=str(folder))
     run = Run(config, folder, say, shared)
     run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
@@ -1626,7 +1619,7 @@ class Grid:
         """One run to its end, which may be an error. False if another process is at it."""
         error = folder_of(run) / "error.txt"
         try:
-            train(run, lambda line: None, self.shared)
+            train(run, None, self.shared)
             error.unlink(missing_ok=True)
         except InUse:
             return False
@@ -1921,7 +1914,7 @@ def benchmark(config, steps=20):
           f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}  compiled")
     for title, run_config in benchmark_runs(config, device):
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(run_config, Path(folder), lambda _: None)
+            run = Run(run_config, Path(folder), say=None)
 
             def some():
                 for _ in range(steps):
