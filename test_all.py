@@ -1711,7 +1711,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_a_signal_during_a_test_ends_the_run_one_step_later(tmp_path, monkeypatch):
-    run, evaluate = train.Run(small(tmp_path, eval_every=10), tmp_path / "run", quiet), train.evaluate
+    run = train.Run(small(tmp_path, eval_every=10), tmp_path / "run", quiet)
+    evaluate = train.evaluate
 
     def evaluate_and_signal(*args):
         run.asked_to_stop = signal.SIGTERM
@@ -1745,7 +1746,8 @@ def test_partial_batches_are_tested_whole(tmp_path):
     (["--lr", "-1"], "lr is -1.0"), (["--lr", "nan"], "lr is nan"),
     (["--steps", "0"], "at least 1"),
     (["--seq-len", "127"], "even number"), (["--device", "tpu9"], "try --device cpu"),
-    (["--steps", "ten"], "invalid"), (["--steps"], "expected one argument"), (["--compile", "maybe"], "on, max-autotune, off"),
+    (["--steps", "ten"], "invalid"), (["--steps"], "expected one argument"),
+    (["--compile", "maybe"], "on, max-autotune, off"),
     (["--name", "//"], "name")])
 def test_mistakes_on_the_command_line_end_in_one_line(args, message, tmp_path):
     done = command(*args, cwd=tmp_path)
@@ -1776,9 +1778,9 @@ def test_suggested_commands_keep_the_options():
                                   if line.startswith("  ")]
     assert commands() == ["--arch transformer", "--show 'a b'", "--arch hybrid --epochs 200"]
     assert commands(arch="transformer", task=COPYING, seq_len=64, steps=9) == [
-        f"--arch hybrid --task {COPYING} --seq-len 64 --steps 9", "--show 'a b'",
-        f"--arch transformer --task {COPYING} --seq-len 64 --epochs 200"]
-    assert commands(layers="swiglu", task="text", tokenizer="gpt2", context=64, name="x") == [
+        f"--arch hybrid --task {COPYING} --steps 9 --seq-len 64", "--show 'a b'",
+        f"--arch transformer --task {COPYING} --epochs 200 --seq-len 64"]
+    assert commands(layers="mlp", task="text", tokenizer="gpt2", context=64, name="x") == [
         "--sample 'a b' --prompt 'def '", "--arch transformer --task text --tokenizer gpt2 "
         "--context 64"]
 

@@ -114,6 +114,10 @@ class Common(Options):
     early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
                                of="MAD")
 
+    @property
+    def label(self):
+        return self.layers or self.arch
+
 
 @dataclass
 class TrainConfig(Common):
@@ -189,7 +193,7 @@ class TrainConfig(Common):
             return safe_name(self.name)
         parts = [f"{name}={Path(value).name if name == 'data' else value}"
                  for name, value in self.changed()]
-        return safe_name("_".join([self.layers or self.arch, self.task, *parts]))
+        return safe_name("_".join([self.label, self.task, *parts]))
 
     def changed(self):
         """[(option, value)] that are not this task's defaults, without names and folders."""
@@ -350,6 +354,11 @@ def peak_flops(device):
     return next((flops for part, (flops, _) in CARDS.items() if part in name), None)
 
 
+def torchrun_place():
+    """(rank, count) of this process among torchrun's; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Ranks:
     """
     The processes that share a text run: those that torchrun started, or this one alone.
@@ -361,9 +370,7 @@ class Ranks:
     """
 
     def __init__(self, task):
-        shared = task == "text"
-        self.rank, self.count = (int(os.environ.get(name, alone)) if shared else alone
-                                 for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.count = torchrun_place() if task == "text" else (0, 1)
 
     def connect(self, device):
         """Waits for the others. CPU tensors go through gloo everywhere, the GPU's through nccl."""
@@ -1091,7 +1098,7 @@ class Run:
     STATE = "step", "best", "metrics", "train_seconds", "skipped", "ended", "compiled"
 
     def check_disk(self):
-        """OSError if there is no room for the last checkpoints, the next and the best parameters."""
+        """OSError if there is no room for two checkpoints, the next one and best.pt."""
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         parameters = sum(p.numel() for p in self.model.parameters())
         have = sum(p.stat().st_size for p in self.folder.glob("*.pt"))
@@ -1282,7 +1289,7 @@ class Run:
         torch.set_rng_state(self.random)
         self.watch = Watch(self.model) if self.config.detect else None
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
-                  desc=self.config.layers or self.config.arch, disable=self.silent) as bar, \
+                  desc=self.config.label, disable=self.silent) as bar, \
                 catching_signals(self):
             while self.ended is None and self.signal is None:
                 self.some_steps(bar)
@@ -1326,18 +1333,16 @@ class Run:
 
     def result(self):
         """The contents of result.json."""
-        sequences, T = self.step * self.data.batch_size, self.data.length
-        speed, peak = self.step * self.step_flops() / self.train_seconds, peak_flops(self.device)
+        tokens, flops = self.step * self.data.batch_size * self.data.length, self.step_flops()
+        speed, peak = self.step * flops / self.train_seconds, peak_flops(self.device)
         loss = "val_loss" if self.config.task == "text" else "test_loss"
         with open(self.log_path) as log:
             tests = [line for line in map(json.loads, log) if loss in line]
         return dict(
             **self.metrics, best=self.best, least_loss=min(tests, key=lambda line: line[loss]),
             **self.data.facts, steps=self.step, planned_steps=self.steps, skipped=self.skipped,
-            ended=self.ended,
-            tokens_per_s=round(sequences * T / self.train_seconds),
-            wall_s=self.wall_s(),
-            train_flops=self.step * self.step_flops(), flops_per_s=round(speed),
+            ended=self.ended, tokens_per_s=round(tokens / self.train_seconds),
+            wall_s=self.wall_s(), train_flops=self.step * flops, flops_per_s=round(speed),
             mfu=peak and round(speed / peak, 4),
             parameters=sum(p.numel() for p in self.model.parameters()),
             config=identity(self.config), git=git_hash(),
@@ -1514,10 +1519,6 @@ class MadConfig(Common):
     def task_list(self):
         every = dict.fromkeys(s.task for s, _ in PRESETS[self.preset].settings)
         return list(every) if self.tasks is None else self.tasks.split(",")
-
-    @property
-    def label(self):
-        return self.layers or self.arch
 
     @property
     def changed(self):
@@ -1835,7 +1836,7 @@ def mad_score(arch, preset="quick", config=None, say=print):
     """
     which = dict(arch=arch, layers=None) if arch in ARCHS else dict(layers=arch)
     config = dataclasses.replace(config or MadConfig(), preset=preset, **which)
-    rank, ranks = (int(os.environ.get(n, alone)) for n, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = torchrun_place()
     if ranks > 1 and config.workers > 1:
         raise ValueError(f"workers is {config.workers}, but torchrun has started {ranks} processes "
                          f"already; leave one of them out")
@@ -2116,7 +2117,7 @@ def run_and_report(argv):
         counts = mad_score(config.label, config.preset, config)["counts"]
         return 1 if counts["failed"] or counts["open"] else 0
     config = parse_args(argv)
-    if config.task != "text" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if config.task != "text" and torchrun_place()[1] > 1:
         raise ValueError(f"torchrun's processes can share a run of --task text, not one of "
                          f"{config.task}: start this one with python train.py")
     result = train(config)
