@@ -297,6 +297,11 @@ def resumed(config):
 # =================================================================================================
 
 
+def first_line(error):
+    """Of an error's message, which may be empty."""
+    return str(error).partition("\n")[0][:150]
+
+
 def choose_device(wanted):
     """"cuda", "mps" or "cpu", and why."""
     if wanted != "auto":
@@ -307,7 +312,7 @@ def choose_device(wanted):
             torch.empty(1, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {wanted!r} is not to be had here: "
-                             f"{str(error).splitlines()[0]}; try --device cpu") from None
+                             f"{first_line(error)}; try --device cpu") from None
         return wanted, "asked for"
     if torch.cuda.is_available():
         return "cuda", torch.cuda.get_device_name()
@@ -396,7 +401,7 @@ class Ranks:
             except RuntimeError as error:
                 raise ConnectionError(
                     f"another process of this run has ended or doesn't answer; the same command "
-                    f"goes on from the last checkpoint ({str(error).splitlines()[0]})") from None
+                    f"goes on from the last checkpoint ({first_line(error)})") from None
         return tensor
 
     def average(self, tensors):
@@ -1084,7 +1089,7 @@ class Run:
             try:
                 self.score(*next(iter(self.data.parts(self.step))))
             except Exception as error:            # whatever the compiler or its compiler throw
-                reason = f"failed here ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
+                reason = f"failed here ({type(error).__name__}: {first_line(error)})"
                 if wanted != "auto":
                     raise ValueError(f"compile is {wanted!r}, but compiling {reason}; "
                                      f"try --compile off") from error
@@ -2148,7 +2153,7 @@ def main():
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory ({str(error).splitlines()[0][:150]}): try a smaller "
+        print(f"error: out of memory ({first_line(error)}): try a smaller "
               f"--batch-size, --dim or --seq-len", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
