@@ -1670,7 +1670,7 @@ def test_optimizer_is_the_protocols(tmp_path):
     assert [len(g["params"]) for g in every.param_groups] == [len([*run.model.parameters()]), 0]
 
 
-def test_run_folder_and_repetition(tmp_path):
+def test_run_folder_and_repetition(tmp_path, monkeypatch):
     said = []
     first = train.train(small(tmp_path), said.append)
     folder = Path(first["folder"])
@@ -1682,14 +1682,36 @@ def test_run_folder_and_repetition(tmp_path):
         assert key in result
     assert any(s.startswith("device   cpu") for s in said) and result["steps"] == 30
     before = {p: p.read_bytes() for p in folder.iterdir()}
+    assert train.train(small(tmp_path), None) == first
     again = train.train(small(tmp_path), said.append)    # finished: shown again, nothing rewritten
     assert again == first and "finished" in said[-1]
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
     with pytest.raises(ValueError, match="lr 0.001 -> 0.0005.*choose another --name"):
         named = dict(name=folder.name, out=str(tmp_path))
         train.train(small(tmp_path, lr=5e-4, **named), quiet)
+    with monkeypatch.context() as patch:                 # other code: another folder, one a code
+        patch.setattr(train, "code_version", lambda: "other")
+        second, note = train.find_folder(small(tmp_path))
+        assert second.name == f"{folder.name}-{train.run_key(small(tmp_path))[:8]}" and note
+        assert train.find_folder(small(tmp_path))[0] == second
+        second.mkdir()
+        (second / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="holds another run .*code None -> 'other'"):
+            train.find_folder(small(tmp_path))
+        shutil.rmtree(second)
     other = train.train(small(tmp_path, seed=1), quiet)
     assert other["test_loss"] != first["test_loss"] and other["data_sha256"] != first["data_sha256"]
+
+
+def test_a_run_that_is_to_be_silent_is(tmp_path, capfd):
+    train.train(small(tmp_path, steps=2), quiet)
+    assert "2/2" in capfd.readouterr().err
+    with_note = small(tmp_path, steps=2, compile="on", num_train=64)
+    folder, _ = train.find_folder(with_note)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    train.train(dataclasses.replace(with_note, compile="off"), None)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
@@ -1701,7 +1723,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
         run = train.Run(config, folder, quiet)
         assert run.step == before
         batch = run.data.batch
-        run.data.batch = lambda step: (setattr(run, "signal", signal.SIGTERM)
+        run.data.batch = lambda step: (setattr(run, "asked_to_stop", signal.SIGTERM)
                                        if step + 1 >= stop else None, batch(step))[1]
         assert not run.go() and run.step == stop
         before = stop
@@ -1714,6 +1736,17 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path):
         assert torch.equal(p, b["model"][n])
     strip = lambda lines: [{k: v for k, v in x.items() if k != "tokens_per_s"} for x in lines]
     assert strip(logged(whole["folder"])) == strip(logged(parts["folder"]))
+
+
+def test_a_signal_during_a_test_ends_the_run_one_step_later(tmp_path, monkeypatch):
+    run = train.Run(small(tmp_path, eval_every=10), tmp_path / "run", quiet)
+    evaluate = train.evaluate
+
+    def evaluate_and_signal(*args):
+        run.asked_to_stop = signal.SIGTERM
+        return evaluate(*args)
+    monkeypatch.setattr(train, "evaluate", evaluate_and_signal)
+    assert not run.go() and run.step == 11 and run.signal == signal.SIGTERM
 
 
 def test_macro_accuracy_is_torchmetrics():
@@ -1741,11 +1774,13 @@ def test_partial_batches_are_tested_whole(tmp_path):
     (["--lr", "-1"], "lr is -1.0"), (["--lr", "nan"], "lr is nan"),
     (["--steps", "0"], "at least 1"),
     (["--seq-len", "127"], "even number"), (["--device", "tpu9"], "try --device cpu"),
-    (["--steps", "ten"], "invalid"), (["--compile", "maybe"], "on, max-autotune, off"),
+    (["--steps", "ten"], "invalid"), (["--steps"], "expected one argument"),
+    (["--compile", "maybe"], "on, max-autotune, off"),
     (["--name", "//"], "name")])
 def test_mistakes_on_the_command_line_end_in_one_line(args, message, tmp_path):
     done = command(*args, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())                  # and leave nothing behind
 
 
@@ -1762,6 +1797,22 @@ def test_help_and_a_run_from_the_command_line(tmp_path):
     assert "test_acc" in done.stderr and "tokens_s" in done.stderr
 
 
+def test_suggested_commands_keep_the_options():
+    r = dict.fromkeys(("test_accuracy", "chance", "macro_accuracy", "steps", "planned_steps", "mfu",
+                       "wall_s", "tokens_per_s", "flops_per_s", "val_loss", "val_accuracy",
+                       "bits_per_byte", "train_flops"), 0) | dict(folder="a b", ended="")
+    commands = lambda **options: [line.strip().removeprefix("python train.py ") for line in
+                                  train.summary(train.TrainConfig(**options), r).splitlines()
+                                  if line.startswith("  ")]
+    assert commands() == ["--arch transformer", "--show 'a b'", "--arch hybrid --epochs 200"]
+    assert commands(arch="transformer", task=COPYING, seq_len=64, steps=9) == [
+        f"--arch hybrid --task {COPYING} --steps 9 --seq-len 64", "--show 'a b'",
+        f"--arch transformer --task {COPYING} --epochs 200 --seq-len 64"]
+    assert commands(layers="mlp", task="text", tokenizer="gpt2", context=64, name="x") == [
+        "--sample 'a b' --prompt 'def '", "--arch transformer --task text --tokenizer gpt2 "
+        "--context 64"]
+
+
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_every_task_runs(task, tmp_path):
     change = dict(num_tokens_to_copy=4) if task == "selective-copying" else {}
@@ -1776,6 +1827,25 @@ def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):
     assert train.has_compiler() is None
     yes, why = train.choose_compile("auto", "cpu", 10 ** 6, 1.0)
     assert not yes and "no C++ compiler" in why
+
+
+def test_a_compiler_that_is_gone(tmp_path, monkeypatch):
+    """A run that was compiled goes on without it; one that asks for it ends in one line."""
+    config, said = short(tmp_path, compile="auto"), []
+    folder = stopped(config, 23)
+    saved = train.read_checkpoint(folder / "ckpt.pt", "cpu")
+    train.write_checkpoint(folder / "ckpt.pt", dict(saved, compiled=True))
+
+    def fails(*_, **__):
+        def run(*_):
+            raise RuntimeError("No working C++ compiler found\nTraceback")
+        return run
+    monkeypatch.setattr(torch, "compile", fails)
+    result = train.train(config, said.append)
+    assert "compile  off: failed here (RuntimeError: No working C++ compiler found)" in said
+    assert result["steps"] == 40 and result["machine"]["compiled"] is False
+    with pytest.raises(ValueError, match=r"^compile is 'on', but .* found\); try --compile off$"):
+        train.train(short(tmp_path, compile="on"), quiet)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2056,6 +2126,7 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
         raise AssertionError("the step looks at a number on the device")
     for name in ("item", "cpu", "numpy", "tolist", "__float__", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, waits)
+    monkeypatch.setattr(run.ranks, "largest", waits)     # nor for other processes' signals
     with pytest.raises(AssertionError):
         float(torch.ones(1))
     for _ in range(3):
@@ -2395,6 +2466,17 @@ def test_runs_that_share_a_model_equal_lone_ones(compiled, tmp_path, monkeypatch
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_runs_that_share_a_model_keep_their_own_dtype(tmp_path, monkeypatch):
+    config = short(tmp_path, dtype="auto")
+    monkeypatch.setattr(train, "fastest_dtype", lambda _: (torch.bfloat16, "measured"))
+    folder = stopped(config, 23)
+    monkeypatch.setattr(train, "fastest_dtype", lambda _: (torch.float32, "measured"))
+    shared = train.Shared()
+    for run_config, dtype in ((short(tmp_path, seed=1), torch.float32), (config, torch.bfloat16)):
+        run = train.Run(run_config, train.find_folder(run_config)[0], quiet, shared)
+        assert run.score.args == (shared.model, dtype)
+
+
 def test_mad_table_shows_what_is_recorded(fake, tmp_path, capsys):
     arch = ("transformer", "hyena", "mamba")             # published means 74.5, 66.0, 69.3
     for i, a in enumerate(arch):
@@ -2668,6 +2750,18 @@ def test_a_log_that_lost_lines_is_noticed(tmp_path):
     assert [x["step"] for x in logged(folder)] == [10, 12, 12, 20, 24, 24, 30, 36, 36, 40, 40]
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_it(tmp_path, monkeypatch):
+    config, synced, real = short(tmp_path), [], os.fsync
+    folder = stopped(config, 23)
+    run = train.Run(config, folder, quiet)
+    run.log(loss=1.0)
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd)), real(fd)))
+    run.save()
+    log, checkpoint = ((folder / name).stat() for name in ("log.jsonl", "ckpt.pt"))
+    assert [(s.st_ino, s.st_size) for s in synced] == [(log.st_ino, log.st_size),
+                                                       (checkpoint.st_ino, checkpoint.st_size)]
+
+
 class Malicious:
     """Unpickled, it writes a file."""
 
@@ -2916,7 +3010,7 @@ def test_fuzz_of_runs(tmp_path, monkeypatch):
 
 
 def test_out_of_memory_is_one_line(monkeypatch, capsys):
-    for error in (MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nmore"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         def fail(argv, error=error):
             raise error

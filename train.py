@@ -77,16 +77,63 @@ def choice(default, *others, text):
 
 
 @dataclass
-class TrainConfig:
+class Options:
+    """A command line. ValueError names a bad option, its value and the range."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_field(f, getattr(self, f.name))
+
+
+@dataclass
+class Common(Options):
+    """What a run and the MAD protocol, a grid of runs, have in common."""
+    arch: str = option("hybrid", "architecture of model.py")
+    layers: str | None = option(None, "pattern of layers instead of an architecture")
+    task: str = choice("in-context-recall", *[t for t in tasks.TASKS if t != "in-context-recall"],
+                       "text", text="what to learn")
+    dim: int = option(128, "width D of the model", low=1)
+    seed: int = option(0, "of parameters, data and order", low=0)
+    device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
+    dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products; auto measures "
+                        "which is faster. What stays float32 needs it, so TF32 stays off")
+    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile; auto times a "
+                          "step and compiles if the run is long enough for that to pay; "
+                          "max-autotune also tries kernels for minutes, for long runs on a GPU")
+    out: str = option("out", "folder that run folders go into")
+    schedule: str = choice("cosine", "constant", text="learning rate over time")
+    warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
+    min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
+    decay: str = choice("matrices", "all", text="what weight decay is applied to; all: norms, "
+                        "biases, filters and Mamba's A and D, too")
+    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
+                          below=1.0)
+    clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
+    nonfinite: str = choice("stop", "skip", text="at a loss or gradient that is inf or nan: end, "
+                            "or go on without this step, for which every step is waited for")
+    early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
+                               of="MAD")
+
+    @property
+    def label(self):
+        return self.layers or self.arch
+
+
+@dataclass
+class TrainConfig(Common):
     """
     Train one architecture on one task.
 
     Everything that determines a run. ValueError names a bad field, its value and the range.
     """
-    arch: str = option("hybrid", "architecture of model.py")
-    layers: str | None = option(None, "pattern of layers instead of an architecture")
-    task: str = choice("in-context-recall", *[t for t in tasks.TASKS if t != "in-context-recall"],
-                       "text", text="what to learn")
+    lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
+    weight_decay: float = option(0.1, "AdamW's (the paper's grid: 0 0.1)", low=0.0)
+    batch_size: int | None = option(None, "sequences a step (the default: 128; text: 32)", low=1)
+    accumulate: int = option(1, "parts that a batch is computed in, to save memory", low=1,
+                             of="text")
+    steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
+    epochs: int = option(4, "passes over the training data (the paper: 200)", low=1, of="MAD")
+    eval_every: int | None = option(None, "steps between tests (the default: half an epoch)", low=1)
     seq_len: int | None = option(None, "length T of the task's sequences", low=1, of="MAD")
     vocab_size: int | None = option(None, "vocabulary of the task", low=1, of="MAD")
     num_train: int | None = option(None, "training sequences", low=1, of="MAD")
@@ -99,44 +146,15 @@ class TrainConfig:
     tokenizer: str = option("bytes", "bytes or one of tiktoken's, such as gpt2", of="text")
     context: int | None = option(None, "tokens a window of text (the default: 128)", low=1,
                                  of="text")
-    dim: int = option(128, "width D of the model", low=1)
-    epochs: int = option(4, "passes over the training data (the paper: 200)", low=1, of="MAD")
-    steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
-    batch_size: int | None = option(None, "sequences a step (the default: 128; text: 32)", low=1)
-    accumulate: int = option(1, "parts that a batch is computed in, to save memory", low=1,
-                             of="text")
-    lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
-    min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
-    warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
-    weight_decay: float = option(0.1, "AdamW's (the paper's grid: 0 0.1)", low=0.0)
-    decay: str = choice("matrices", "all", text="what it is applied to; all: norms, biases, "
-                        "filters and Mamba's A and D, too")
-    beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
-                          below=1.0)
-    schedule: str = choice("cosine", "constant", text="learning rate over time")
-    seed: int = option(0, "of parameters, data and order", low=0)
-    device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
-    dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products; auto measures "
-                        "which is faster. What stays float32 needs it, so TF32 stays off")
-    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile; auto times a "
-                          "step and compiles if the run is long enough for that to pay; "
-                          "max-autotune also tries kernels for minutes, for long runs on a GPU")
-    out: str = option("out", "folder that run folders go into")
     name: str | None = option(None, "of the run's folder; the default is made from the options")
-    clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
-    eval_every: int | None = option(None, "steps between tests (the default: half an epoch)", low=1)
-    early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
-                               of="MAD")
-    nonfinite: str = choice("stop", "skip", text="at a loss or gradient that is inf or nan: end, "
-                            "or go on without this step, for which every step is waited for")
     detect: bool = option(False, "watch every layer, slowly, and end at the first inf or nan in "
                           "an output or gradient", how=True)
     resume: str | None = option(None, "folder of a run to go on with, by its own options",
                                 how=True)
 
     def __post_init__(self):
+        super().__post_init__()
         for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
             if getattr(self, f.name) is None:
                 setattr(self, f.name, self.default(f))
             check_use(f, getattr(self, f.name), self.task)
@@ -175,7 +193,7 @@ class TrainConfig:
             return safe_name(self.name)
         parts = [f"{name}={Path(value).name if name == 'data' else value}"
                  for name, value in self.changed()]
-        return safe_name("_".join([self.layers or self.arch, self.task, *parts]))
+        return safe_name("_".join([self.label, self.task, *parts]))
 
     def changed(self):
         """[(option, value)] that are not this task's defaults, without names and folders."""
@@ -229,13 +247,17 @@ def safe_name(name):
     return name
 
 
-def parse_args(argv=None, kind=None):
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)             # one line, as after any other mistake: no usage
+
+
+def parse_args(argv=None, kind=TrainConfig):
     """
-    argv -> TrainConfig (or another dataclass of options); a mistake ends in one line that names the
-    way out, and exit code 2.
+    argv -> TrainConfig (or other Options); a mistake ends in one line that names the way out, and
+    exit code 2.
     """
-    kind = kind or TrainConfig
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
         + ". Text from a run: train.py --sample out/RUN -h; its layers: --show out/RUN. The MAD "
@@ -275,6 +297,11 @@ def resumed(config):
 # =================================================================================================
 
 
+def first_line(error):
+    """Of an error's message, which may be empty."""
+    return str(error).partition("\n")[0][:150]
+
+
 def choose_device(wanted):
     """"cuda", "mps" or "cpu", and why."""
     if wanted != "auto":
@@ -285,7 +312,7 @@ def choose_device(wanted):
             torch.empty(1, device=wanted)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {wanted!r} is not to be had here: "
-                             f"{str(error).splitlines()[0]}; try --device cpu") from None
+                             f"{first_line(error)}; try --device cpu") from None
         return wanted, "asked for"
     if torch.cuda.is_available():
         return "cuda", torch.cuda.get_device_name()
@@ -332,6 +359,11 @@ def peak_flops(device):
     return next((flops for part, (flops, _) in CARDS.items() if part in name), None)
 
 
+def torchrun_place():
+    """(rank, count) of this process among torchrun's; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Ranks:
     """
     The processes that share a text run: those that torchrun started, or this one alone.
@@ -343,9 +375,7 @@ class Ranks:
     """
 
     def __init__(self, task):
-        shared = task == "text"
-        self.rank, self.count = (int(os.environ.get(name, alone)) if shared else alone
-                                 for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.count = torchrun_place() if task == "text" else (0, 1)
 
     def connect(self, device):
         """Waits for the others. CPU tensors go through gloo everywhere, the GPU's through nccl."""
@@ -371,7 +401,7 @@ class Ranks:
             except RuntimeError as error:
                 raise ConnectionError(
                     f"another process of this run has ended or doesn't answer; the same command "
-                    f"goes on from the last checkpoint ({str(error).splitlines()[0]})") from None
+                    f"goes on from the last checkpoint ({first_line(error)})") from None
         return tensor
 
     def average(self, tensors):
@@ -406,6 +436,12 @@ def filled(tokens, targets, rows):
     return F.pad(tokens, fill), F.pad(targets, fill, value=tasks.IGNORE)
 
 
+def sent(tensor, device):
+    """The tensor on the device; the copy to a GPU is from pinned memory, and doesn't wait."""
+    return (tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else
+            tensor.to(device))
+
+
 class TaskData:
     """A MAD task: a fixed training set, shuffled anew each epoch, and a test set."""
 
@@ -432,8 +468,8 @@ class TaskData:
         """(tokens, targets) of a step, (B, T) each: a function of seed and step alone."""
         epoch, i = divmod(step, self.epoch_steps)
         if epoch != self.epoch:
-            order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)   # a prime
-            self.order = torch.randperm(len(self.train), generator=order).to(self.device)
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)    # a prime
+            self.order = sent(torch.randperm(len(self.train), generator=draw), self.device)
             self.epoch = epoch
         rows = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         return self.train[rows], self.targets[rows]
@@ -488,12 +524,10 @@ class TextData:
                 f"{self.vocab_size}; a step reads {self.batch_size} windows of {self.length}")
 
     def windows(self, starts):
-        """(tokens, targets) (B, T) on the device; the copy to a GPU doesn't wait."""
+        """(tokens, targets) (B, T) on the device."""
         rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
         both = torch.from_numpy(np.stack((rows[:, :-1], rows[:, 1:])))        # (2, B, T)
-        if self.device == "cuda":
-            both = both.pin_memory()
-        return both.to(self.device, non_blocking=True).unbind(0)
+        return sent(both, self.device).unbind(0)
 
     def batch(self, step):
         """This process' rows of a step's batch, which is a function of seed and step alone."""
@@ -730,27 +764,32 @@ def git_hash():
 def find_folder(config):
     """
     The run's folder: a new one, or one that holds the same run (same options, same code). A folder
-    of another run is left alone: with a default name the run takes the next free one, with --name
-    it stops. Returns (folder, note or None), makes nothing. ValueError shows the difference.
+    of another run is left alone: with a default name the run takes one whose name ends in its key,
+    with --name it stops. Returns (folder, note or None), makes nothing. ValueError shows the
+    difference.
     """
     if config.resume is not None:
         return Path(config.resume), check_resumed(config)
-    base, wanted = Path(config.out) / config.run_name, identity(config)
-    for attempt in range(1, 1000):
-        folder = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
-        try:
-            found = read_object(folder / "config.json")
-        except FileNotFoundError:
-            found = None
-        if found is None or {k: v for k, v in found.items() if k != "command"} == wanted:
-            break
-        differ = [f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in wanted
-                  if found.get(k) != wanted.get(k)]
-        if config.name is not None:
-            raise ValueError(f"{folder} holds another run ({'; '.join(differ)}); "
-                             f"choose another --name")
+    base = folder = Path(config.out) / config.run_name
+    differ = difference(folder, config)
+    if differ and config.name is None:
+        folder = base.with_name(f"{base.name}-{run_key(config)[:8]}")
+        differ = difference(folder, config)
+    if differ:
+        raise ValueError(f"{folder} holds another run ({differ}); choose another --name")
     return folder, (f"{base} holds another run, or one of other code: this one goes into {folder}"
                     if folder != base else None)
+
+
+def difference(folder, config):
+    """What the run in a folder has other than this one, as a line; "" if nothing, or no run."""
+    wanted = identity(config)
+    try:
+        found = read_object(folder / "config.json")
+    except FileNotFoundError:
+        return ""
+    return "; ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in {**wanted, **found}
+                     if k != "command" and found.get(k) != wanted.get(k))
 
 
 def check_resumed(config):
@@ -772,12 +811,19 @@ def identity(config):
             "setting": dataclasses.asdict(config.setting) if config.setting else None}
 
 
+def run_key(run):
+    """A hash of all that determines a run's result: its options, setting, seed and the code."""
+    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def command_of(config):
     """The command that makes this run, in a folder with a default name."""
     words = ["--arch", config.arch] if config.layers is None else ["--layers", config.layers]
+    if config.task != TrainConfig.task:
+        words += ["--task", config.task]
     for name, value in config.changed():
         words += ["--" + name, str(value)]
-    return shlex.join(["python", "train.py", *words, "--task", config.task])
+    return shlex.join(["python", "train.py", *words])
 
 
 class InUse(ValueError):
@@ -932,8 +978,8 @@ class Shared:
 
     def __init__(self):
         self.steps = 0                        # that runs of the shape have before them, about
-        self.shape = self.model = self.score = None
-        self.compiled = False
+        self.shape = self.model = None
+        self.graphs = {}                      # {dtype: (Run.score, whether it is compiled)}
 
     def model_for(self, shape, fresh):
         """A model with fresh's parameters: the last run's, so that its compiled graph serves."""
@@ -941,9 +987,9 @@ class Shared:
             self.model.load_state_dict(fresh.state_dict())
             self.model.zero_grad()            # a run that failed may have left gradients
         else:
-            if self.compiled:
+            if any(compiled for _, compiled in self.graphs.values()):
                 torch.compiler.reset()        # it keeps few graphs of one function: make room
-            self.shape, self.model, self.score, self.compiled = shape, fresh, None, False
+            self.shape, self.model, self.graphs = shape, fresh, {}
         return self.model
 
 
@@ -953,7 +999,8 @@ class Run:
     def __init__(self, config, folder, say=print, shared=None):
         self.config, self.folder, self.ranks = config, folder, Ranks(config.task)
         self.shared = shared                  # what runs of a grid share in a process, or None
-        self.say = say if self.ranks.rank == 0 else lambda line: None
+        self.silent = say is None or self.ranks.rank > 0
+        self.say = (lambda line: None) if self.silent else say
         self.started, self.step, self.train_seconds = time.perf_counter(), 0, 0.0
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
         self.asked_to_stop = 0                # the number of a signal that this process has got
@@ -1007,7 +1054,7 @@ class Run:
         self.model = Model(config.pattern, data.vocab_size, config.dim, data.length,
                            setting.backbone if setting else "lm").to(self.device)
         self.shape = (config.pattern, data.vocab_size, config.dim, data.length, data.batch_size,
-                      self.model.backbone, self.device, self.dtype)
+                      self.model.backbone, self.device)
         if self.shared:
             self.model = self.shared.model_for(self.shape, self.model)
         self.random = torch.get_rng_state()           # training draws nothing; a new layer might
@@ -1019,8 +1066,8 @@ class Run:
         """self.score: `scored`, compiled if that pays within the run, or runs of this shape."""
         # It holds nothing else of this run: others of its shape may use it.
         self.plain = plain = functools.partial(scored, self.model, self.dtype)
-        if self.shared and self.shared.score:
-            self.score, self.compiled = self.shared.score, self.shared.compiled
+        if self.shared and self.dtype in self.shared.graphs:
+            self.score, self.compiled = self.shared.graphs[self.dtype]
             return
 
         def one_step():
@@ -1029,12 +1076,12 @@ class Run:
             self.optimizer.zero_grad()
         left = self.shared.steps if self.shared else self.steps - self.step
         wanted = "off" if self.config.detect else self.config.compile    # no layers in a graph
-        auto, before = wanted == "auto" and self.compiled is None, self.compiled
-        measured = seconds(one_step, self.device, 1) if auto and left else 0
-        measured = self.ranks.largest(measured)
-        self.compiled, reason = choose_compile(wanted, self.device, left, measured)
-        if wanted == "auto" and before is not None:
-            self.compiled, reason = before, "as before this run was stopped"
+        if wanted == "auto" and self.compiled is not None:
+            reason = "as before this run was stopped"
+        else:
+            measured = seconds(one_step, self.device, 1) if wanted == "auto" and left else 0
+            self.compiled, reason = choose_compile(wanted, self.device, left,
+                                                   self.ranks.largest(measured))
         self.score = plain
         if self.compiled:
             mode = "max-autotune" if self.config.compile == "max-autotune" else None
@@ -1042,25 +1089,26 @@ class Run:
             try:
                 self.score(*next(iter(self.data.parts(self.step))))
             except Exception as error:            # whatever the compiler or its compiler throw
-                if not auto:
-                    raise
-                why = str(error).split("\n")[0][:150]
-                reason = f"failed here ({type(error).__name__}: {why})"
+                reason = f"failed here ({type(error).__name__}: {first_line(error)})"
+                if wanted != "auto":
+                    raise ValueError(f"compile is {wanted!r}, but compiling {reason}; "
+                                     f"try --compile off") from error
                 self.score, self.compiled = plain, False
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
         if self.shared:
-            self.shared.score, self.shared.compiled = self.score, self.compiled
+            self.shared.graphs[self.dtype] = self.score, self.compiled
 
     # -- disk ------------------------------------------------------------------------------------
 
     STATE = "step", "best", "metrics", "train_seconds", "skipped", "ended", "compiled"
 
     def check_disk(self):
-        """OSError if there is no room for the checkpoint, the one before it and the next."""
+        """OSError if there is no room for two checkpoints, the next one and best.pt."""
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        numbers = 3 * sum(p.numel() for p in self.model.parameters())    # AdamW has two of each
+        parameters = sum(p.numel() for p in self.model.parameters())
         have = sum(p.stat().st_size for p in self.folder.glob("*.pt"))
-        needed, free = 3 * 4 * numbers - have, shutil.disk_usage(there).free
+        # Of each 4 bytes in best.pt; in three checkpoints (one half-written) AdamW's two, as well.
+        needed, free = 4 * (3 * 3 + 1) * parameters - have, shutil.disk_usage(there).free
         if free < needed:
             raise OSError(f"{there} has {free / 1e6:,.1f} MB free, and this run's checkpoints need "
                           f"{needed / 1e6:,.1f} MB: make room, or choose another --out")
@@ -1081,6 +1129,8 @@ class Run:
         self.check_parameters()
         if self.ranks.rank > 0:
             return
+        with disk_errors(self.log_path), open(self.log_path, "ab") as log:
+            os.fsync(log.fileno())            # else a power cut may leave it shorter than log_bytes
         content = dict({key: getattr(self, key) for key in self.STATE},
                        dtype=str(self.dtype)[6:], wall_s=self.wall_s(),
                        data_sha256=self.data.sha256, random=torch.get_rng_state(),
@@ -1176,15 +1226,18 @@ class Run:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.signal = self.signal or int(self.ranks.largest(self.asked_to_stop)) or None
         return self.data.batch_size * self.data.length, loss, norm
 
     def some_steps(self, bar):
-        """Steps up to the next log line or test, then one look at the loss; less on a signal."""
+        """
+        Steps up to the next log line or test, then one look at the loss and for signals of other
+        processes. Alone, a signal ends them after the step under way.
+        """
         start, tokens, seen = time.perf_counter(), 0, []
         next_one = lambda every: (self.step // every + 1) * every
         until = min(self.steps, next_one(LOG_EVERY), next_one(self.eval_every))
-        while self.step < until and not self.signal:
+        stop = lambda: seen and self.asked_to_stop and self.ranks.count == 1
+        while self.step < until and not stop():
             count, *numbers = self.one_step()
             seen.append(torch.stack(numbers))
             tokens += count
@@ -1192,6 +1245,7 @@ class Run:
             if self.watch and self.watch.found:
                 raise self.fault(f"--detect has found {self.watch.found}", self.step)
         loss, norm = self.check_steps(torch.stack(seen).tolist())
+        self.signal = int(self.ranks.largest(self.asked_to_stop)) or None
         took = time.perf_counter() - start
         self.train_seconds += took
         if self.step < until:
@@ -1215,32 +1269,24 @@ class Run:
         return numbers[-1]
 
     def test(self):
+        """`best` may be of an earlier test, which reads fewer windows of text than the last one."""
         if self.config.task == "text":
-            return self.test_text()
-        self.metrics = evaluate(self.score, self.data)
-        self.check_test(self.metrics["test_loss"])
-        self.log(**self.metrics)
-        accuracy = self.metrics["test_accuracy"]
-        if accuracy > self.best.get("test_accuracy", -1.0):
-            self.keep_best()
-        self.shown |= dict(test_acc=f"{accuracy:.3f}")
-        if accuracy >= self.config.early_stop:
-            self.ended = (f"stopped early at {100 * self.config.early_stop:g}% test accuracy, as "
-                          f"the protocol allows")
-
-    def test_text(self):
-        """`best` may be of an earlier test, which reads fewer windows than the last one."""
-        last = self.step == self.steps
-        self.metrics = evaluate_text(self.score, self.data, LAST_WINDOWS if last else TEST_WINDOWS)
-        self.check_test(self.metrics["val_loss"])
-        self.log(**self.metrics)
-        if self.metrics["val_loss"] < self.best.get("val_loss", math.inf):
-            self.keep_best()
-        self.shown |= dict(val_loss=f"{self.metrics['val_loss']:.4f}")
-
-    def check_test(self, loss):
+            windows = LAST_WINDOWS if self.step == self.steps else TEST_WINDOWS
+            self.metrics = m = evaluate_text(self.score, self.data, windows)
+            loss, better = m["val_loss"], m["val_loss"] < self.best.get("val_loss", math.inf)
+            self.shown |= dict(val_loss=f"{loss:.4f}")
+        else:
+            self.metrics = m = evaluate(self.score, self.data)
+            loss, better = m["test_loss"], m["test_accuracy"] > self.best.get("test_accuracy", -1.0)
+            self.shown |= dict(test_acc=f"{m['test_accuracy']:.3f}")
         if not math.isfinite(loss):
             raise self.fault(f"the loss of the test is {loss}", self.step)
+        self.log(**m)
+        if better:
+            self.keep_best()
+        if m.get("test_accuracy", 0.0) >= self.config.early_stop:
+            self.ended = (f"stopped early at {100 * self.config.early_stop:g}% test accuracy, as "
+                          f"the protocol allows")
 
     def go(self):
         """Train to the end, an early stop or a signal. Returns True unless it was a signal."""
@@ -1248,8 +1294,7 @@ class Run:
         torch.set_rng_state(self.random)
         self.watch = Watch(self.model) if self.config.detect else None
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
-                  desc=self.config.layers or self.config.arch,
-                  disable=self.ranks.rank > 0 or self.shared is not None) as bar, \
+                  desc=self.config.label, disable=self.silent) as bar, \
                 catching_signals(self):
             while self.ended is None and self.signal is None:
                 self.some_steps(bar)
@@ -1293,18 +1338,16 @@ class Run:
 
     def result(self):
         """The contents of result.json."""
-        sequences, T = self.step * self.data.batch_size, self.data.length
-        speed, peak = self.step * self.step_flops() / self.train_seconds, peak_flops(self.device)
+        tokens, flops = self.step * self.data.batch_size * self.data.length, self.step_flops()
+        speed, peak = self.step * flops / self.train_seconds, peak_flops(self.device)
         loss = "val_loss" if self.config.task == "text" else "test_loss"
         with open(self.log_path) as log:
             tests = [line for line in map(json.loads, log) if loss in line]
         return dict(
             **self.metrics, best=self.best, least_loss=min(tests, key=lambda line: line[loss]),
             **self.data.facts, steps=self.step, planned_steps=self.steps, skipped=self.skipped,
-            ended=self.ended,
-            tokens_per_s=round(sequences * T / self.train_seconds),
-            wall_s=self.wall_s(),
-            train_flops=self.step * self.step_flops(), flops_per_s=round(speed),
+            ended=self.ended, tokens_per_s=round(tokens / self.train_seconds),
+            wall_s=self.wall_s(), train_flops=self.step * flops, flops_per_s=round(speed),
             mfu=peak and round(speed / peak, 4),
             parameters=sum(p.numel() for p in self.model.parameters()),
             config=identity(self.config), git=git_hash(),
@@ -1328,7 +1371,10 @@ def on_signals(stop):
 
 
 def catching_signals(run):
-    """The first Ctrl-C or SIGTERM ends the run after the step under way; the second at once."""
+    """
+    The first Ctrl-C or SIGTERM ends the run after the step under way (of several processes: at
+    their next log line or test); the second at once.
+    """
     def stop(number, _):
         if run.asked_to_stop:
             raise KeyboardInterrupt
@@ -1345,11 +1391,11 @@ class Interrupted(KeyboardInterrupt):
 
 def train(config, say=print, shared=None):
     """
-    One run, from its folder's state to its end. Returns the contents of its result.json. InUse (a
-    ValueError) if another process is at it.
+    One run, from its folder's state to its end; say=None: without a word or a progress bar. Returns
+    the contents of its result.json. InUse (a ValueError) if another process is at it.
     """
     folder, note = find_folder(config)
-    if note:
+    if note and say:
         say(f"note     {note}")
     with claim(folder) if Ranks(config.task).rank == 0 else contextlib.nullcontext():
         return train_in(folder, config, say, shared)
@@ -1359,8 +1405,9 @@ def train_in(folder, config, say, shared):
     """`train` in a folder that is held."""
     done = folder / "result.json"
     if done.exists():
-        say(f"note     this run is finished; its result is shown again. To train once more, choose "
-            f"another --seed or --name")
+        if say:
+            say(f"note     this run is finished; its result is shown again. To train once more, "
+                f"choose another --seed or --name")
         return read_object(done) | dict(folder=str(folder))
     run = Run(config, folder, say, shared)
     run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
@@ -1376,46 +1423,34 @@ def train_in(folder, config, say, shared):
 
 
 def speed_of(r):
-    mfu = f"{100 * r['mfu']:.0f}%" if r.get("mfu") else "n/a"
+    mfu = f"{100 * r['mfu']:.0f}%" if r["mfu"] else "n/a"
     return (f"{r['wall_s']:.0f} s in all; in training {r['tokens_per_s']:,} tokens and "
-            f"{r.get('flops_per_s', 0) / 1e9:,.0f} GFLOP a second (MFU {mfu})")
-
-
-def text_summary(config, r):
-    sample = shlex.join(["python", "train.py", "--sample", r["folder"], "--prompt", "def "])
-    bits, tokens = r["bits_per_byte"], r["steps"] * config.batch_size * config.context
-    other = "transformer" if config.arch != "transformer" else "hybrid"
-    data = " " + shlex.join(["--data", config.data]) if config.data else ""
-    return "\n".join([
-        f"validation loss  {r['val_loss']:.4f} a token"
-        + (f", {bits:.4f} bits a byte" if bits else "")
-        + f"; {100 * r['val_accuracy']:.1f}% of tokens right",
-        f"training         {r['steps']:,} steps, {tokens:,} tokens, {r['train_flops']:.2e} FLOPs",
-        f"time             {speed_of(r)}",
-        f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
-        "next: more text from this model, the same corpus for another architecture",
-        f"  {sample}",
-        f"  python train.py --arch {other} --task text{data}"])
+            f"{r['flops_per_s'] / 1e9:,.0f} GFLOP a second (MFU {mfu})")
 
 
 def summary(config, r):
     """What a run came to, and what to try next."""
+    like_this = lambda **change: command_of(dataclasses.replace(config, resume=None, **change))
+    of_folder = lambda *words: shlex.join(["python", "train.py", *words])
+    other = like_this(arch="hybrid" if config.arch == "transformer" else "transformer", layers=None)
     if config.task == "text":
-        return text_summary(config, r)
-    other = "transformer" if config.arch != "transformer" else "hybrid"
-    task = "" if config.task == TrainConfig.task else f" --task {config.task}"
-    which = shlex.join(["--layers", config.layers] if config.layers else ["--arch", config.arch])
-    lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens (chance {r['chance']:.3f}), "
-             f"{r['macro_accuracy']:.4f} averaged over classes",
-             f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})",
-             f"time             {speed_of(r)}",
-             f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
-             "next: another architecture, what the layers learned to mix, the paper's protocol",
-             f"  python train.py --arch {other}{task}" + (
-                 f" --steps {r['planned_steps']}" if config.steps else ""),
-             "  " + shlex.join(["python", "train.py", "--show", r["folder"]]),
-             f"  python train.py {which}{task} --epochs 200"]
-    return "\n".join(lines)
+        bits = f", {r['bits_per_byte']:.4f} bits a byte" if r["bits_per_byte"] else ""
+        tokens = r["steps"] * config.batch_size * config.context
+        lines = [f"validation loss  {r['val_loss']:.4f} a token{bits}; "
+                 f"{100 * r['val_accuracy']:.1f}% of tokens right",
+                 f"training         {r['steps']:,} steps, {tokens:,} tokens, "
+                 f"{r['train_flops']:.2e} FLOPs"]
+        ideas = "more text from this model, the same corpus for another architecture"
+        commands = [of_folder("--sample", r["folder"], "--prompt", "def "), other]
+    else:
+        lines = [f"test accuracy    {r['test_accuracy']:.4f} of tokens (chance {r['chance']:.3f}), "
+                 f"{r['macro_accuracy']:.4f} averaged over classes",
+                 f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})"]
+        ideas = "another architecture, what the layers learned to mix, the paper's protocol"
+        commands = [other, of_folder("--show", r["folder"]), like_this(epochs=200, steps=None)]
+    return "\n".join([*lines, f"time             {speed_of(r)}",
+                      f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
+                      f"next: {ideas}", *("  " + c for c in commands)])
 
 
 # =================================================================================================
@@ -1457,14 +1492,8 @@ PRESETS = {
 }
 
 
-def same(name):
-    """TrainConfig's option of this name."""
-    f = TrainConfig.__dataclass_fields__[name]
-    return dataclasses.field(default=f.default, metadata=f.metadata)
-
-
 @dataclass
-class MadConfig:
+class MadConfig(Common):
     """
     The MAD score of an architecture: every task of a preset, a grid of runs each.
 
@@ -1473,8 +1502,6 @@ class MadConfig:
     range.
     """
     task: str = choice("mad", text="this protocol")
-    arch: str = same("arch")
-    layers: str | None = same("layers")
     preset: str = option("quick", f"numbers of the protocol (one of {', '.join(PRESETS)})")
     tasks: str | None = option(None, "only these, with commas between")
     settings: str = choice("all", "baseline", text="of each task all the preset's or its first one")
@@ -1483,24 +1510,9 @@ class MadConfig:
     select: str = choice("last", "best-loss", text="a run's score is that of its last test or, as "
                          "in mad-lab, that of the test with the least loss")
     results: str = option("results/mad", "folder for the scores")
-    dim: int = same("dim")
-    min_lr: float = same("min_lr")
-    warmup: int = same("warmup")
-    beta2: float = same("beta2")
-    schedule: str = same("schedule")
-    decay: str = same("decay")
-    seed: int = same("seed")
-    device: str = same("device")
-    dtype: str = same("dtype")
-    compile: str = same("compile")
-    out: str = same("out")
-    clip: float | None = same("clip")
-    nonfinite: str = same("nonfinite")
-    early_stop: float = same("early_stop")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise tasks.unknown("preset", self.preset, PRESETS)
         for task in self.task_list:
@@ -1514,10 +1526,6 @@ class MadConfig:
         return list(every) if self.tasks is None else self.tasks.split(",")
 
     @property
-    def label(self):
-        return self.layers or self.arch
-
-    @property
     def changed(self):
         """{option: value} of those that change scores by more than rounding, unless defaults."""
         names = {*PASSED_ON, "select", "no_skip"} - {"arch", "layers", "seed", "out", "device",
@@ -1526,13 +1534,7 @@ class MadConfig:
                 if f.name in names and getattr(self, f.name) != f.default}
 
 
-PASSED_ON = tuple(f.name for f in dataclasses.fields(MadConfig) if f.name != "task"
-                  and f.name in TrainConfig.__dataclass_fields__)
-
-
-def run_key(run):
-    """A hash of all that determines a run's result: its options, setting, seed and the code."""
-    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:16]
+PASSED_ON = tuple(f.name for f in dataclasses.fields(Common) if f.name != "task")
 
 
 def runs_of(config, setting, steps):
@@ -1623,7 +1625,7 @@ class Grid:
         """One run to its end, which may be an error. False if another process is at it."""
         error = folder_of(run) / "error.txt"
         try:
-            train(run, lambda line: None, self.shared)
+            train(run, None, self.shared)
             error.unlink(missing_ok=True)
         except InUse:
             return False
@@ -1839,7 +1841,7 @@ def mad_score(arch, preset="quick", config=None, say=print):
     """
     which = dict(arch=arch, layers=None) if arch in ARCHS else dict(layers=arch)
     config = dataclasses.replace(config or MadConfig(), preset=preset, **which)
-    rank, ranks = (int(os.environ.get(n, alone)) for n, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = torchrun_place()
     if ranks > 1 and config.workers > 1:
         raise ValueError(f"workers is {config.workers}, but torchrun has started {ranks} processes "
                          f"already; leave one of them out")
@@ -1918,7 +1920,7 @@ def benchmark(config, steps=20):
           f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}  compiled")
     for title, run_config in benchmark_runs(config, device):
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(run_config, Path(folder), lambda _: None)
+            run = Run(run_config, Path(folder), say=None)
 
             def some():
                 for _ in range(steps):
@@ -1961,7 +1963,7 @@ def benchmark_generation(device, steps=32):
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Options):
     """
     Let the model of a text run write, one token at a time, through the layers' `step`.
 
@@ -1976,8 +1978,7 @@ class SampleConfig:
     device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
+        super().__post_init__()
         if 0 < self.temperature < 0.001:
             raise ValueError(f"temperature is {self.temperature!r}; permitted: 0, or from 0.001")
 
@@ -2075,15 +2076,11 @@ def sample_after(config, result):
 
 
 @dataclass
-class ShowConfig:
+class ShowConfig(Options):
     """Draw which tokens each layer of a trained run mixes, on a sequence of its task."""
     show: str = option("", "folder of a run, such as out/hybrid_in-context-recall")
     plot: str | None = option(None, "file for a figure (PNG), instead of text")
     tokens: int = option(64, "how many of the sequence", low=2)
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
 
 
 @torch.no_grad()
@@ -2125,7 +2122,7 @@ def run_and_report(argv):
         counts = mad_score(config.label, config.preset, config)["counts"]
         return 1 if counts["failed"] or counts["open"] else 0
     config = parse_args(argv)
-    if config.task != "text" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if config.task != "text" and torchrun_place()[1] > 1:
         raise ValueError(f"torchrun's processes can share a run of --task text, not one of "
                          f"{config.task}: start this one with python train.py")
     result = train(config)
@@ -2156,7 +2153,7 @@ def main():
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory ({str(error).splitlines()[0][:150]}): try a smaller "
+        print(f"error: out of memory ({first_line(error)}): try a smaller "
               f"--batch-size, --dim or --seq-len", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
