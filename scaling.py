@@ -36,7 +36,6 @@ Intervals are 95% bootstrap percentiles over resampled runs. What the runs canno
   python scaling.py plot runs.csv --out scaling.png
 """
 import argparse
-import contextlib
 import csv
 import io
 import itertools
@@ -1243,27 +1242,17 @@ def epochs(run, result):
     return result and round(run["D"] / result["corpus"]["training_tokens"], 4) or None
 
 
-@contextlib.contextmanager
-def silent_bars():
-    """A sweep has one bar of its own: those of its runs are off."""
-    before, train.tqdm = train.tqdm, lambda **options: tqdm(**options | dict(disable=True))
-    try:
-        yield
-    finally:
-        train.tqdm = before
-
-
 def sweep(runs, configs, path):
     """
     Train what isn't trained yet; the CSV at `path` is rewritten after every run. A run that fails
     has no loss in it, and is tried again next time. Returns how many failed.
     """
     earlier, failed = read_csv(path, CSV_COLUMNS) if path.exists() else [], 0
-    with silent_bars(), tqdm(total=sum(r["C"] for r in runs), unit="FLOP", unit_scale=True) as bar:
+    with tqdm(total=sum(r["C"] for r in runs), unit="FLOP", unit_scale=True) as bar:
         for i, (run, config) in enumerate(zip(runs, configs), 1):
             bar.set_description(config.name)
             try:
-                result = train.train(config, say=lambda line: None)
+                result = train.train(config, say=None)
             except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
                 bar.write(f"failed: {config.name}: {' '.join(str(error).split())[:300]}",
                           file=sys.stderr)

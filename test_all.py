@@ -2807,7 +2807,6 @@ def test_no_code_is_run_from_files(tmp_path, writer):
 
 def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
     import errno
-    import shutil
     folder = stopped(short(tmp_path), 23)
 
     class Full:
@@ -2839,6 +2838,10 @@ def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
         run.log_path = Path("/dev/full")
         with pytest.raises(OSError, match=r"/dev/full can't be written \(No space left"):
             run.log(loss=1.0)
+
+
+def test_an_unwritable_place_is_refused_before_training(tmp_path, monkeypatch):
+    import shutil
     new = tmp_path / "new"
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OSError, match="is not writable: choose another --out"):
