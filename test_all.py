@@ -2337,7 +2337,8 @@ GRID_ARGS = ["--task", "mad", "--preset", "tiny", "--layers", "swiglu", "--dim",
 
 def program(tmp_path, args=GRID_ARGS, pause=0.0, **env):
     path = tmp_path / f"program{pause}.py"
-    path.write_text(PROGRAM.format(here=str(HERE), log=str(tmp_path / "log"), pause=pause))
+    if not path.exists():            # written again, it might be read half by one that starts now
+        path.write_text(PROGRAM.format(here=str(HERE), log=str(tmp_path / "log"), pause=pause))
     return subprocess.Popen([sys.executable, str(path), *args], cwd=tmp_path, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **env})
