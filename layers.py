@@ -1139,13 +1139,14 @@ class RWKV5(GatedLinearRecurrence):
     def mixtures(self, x, before):
         return x + (before - x) * self.mix[:, None, None].to(x.dtype)         # (4, B, T, D)
 
-    def log_decay(self, x):
+    def log_decay(self, x):                                        # of x only the length is read
         return -self.log_rate.exp().expand(1, x.shape[-2], -1)                # (1, T, D)
 
     def project(self, x, before):
-        xr, xk, xv, xg, *xw = self.mixtures(x, before)
+        mixed = self.mixtures(x, before)                     # for r, k, v, g; in RWKV-6 for w, too
+        xr, xk, xv, xg = mixed[:4]
         q, k, v, log_a = (split_heads(p.mT, self.heads).mT for p in
-                          (self.r(xr), self.k(xk), self.v(xv), self.log_decay(*xw or (x,))))
+                          (self.r(xr), self.k(xk), self.v(xv), self.log_decay(mixed[-1])))
         return q * self.width ** -0.5, k, v, log_a, self.bonus, self.g(xg)
 
     def readout(self, y, gate):
@@ -1392,6 +1393,7 @@ LAYERS = {
 
 
 def unknown(kind, name, known):
+    """The error for a name that isn't there. (tasks.py, which needs no torch, has its own.)"""
     close = difflib.get_close_matches(name, known, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return ValueError(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(known)}")

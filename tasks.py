@@ -478,8 +478,8 @@ PIECE = 1 << 22      # characters or tokens read at a time
 SIZES = {"bytes": 256, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277,
          "o200k_base": 200019}                           # known without tiktoken's download
 MAGICS = (20240520, 20240801)                            # of llm.c's shards, for gpt-2 and llama-3
-LIBRARY = f"standard library of Python {platform.python_version()}"       # the default corpus
 SHARDS = {1: "<u2", 7: "<u4"}                            # their versions
+LIBRARY = f"standard library of Python {platform.python_version()}"       # the default corpus
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 

@@ -351,6 +351,12 @@ def test_load_text(tmp_path, toy, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 4              # no half of a file is left
 
 
+def test_text_is_not_cut_where_a_token_may_reach_across(tmp_path, monkeypatch):
+    for name, text in (("a", ".\n"), ("b", "\nx\n")):
+        (tmp_path / name).write_text(text)
+    assert list(filter(None, tasks.read_text([tmp_path / "a", tmp_path / "b"]))) == [".\n\nx", "\n"]
+
+
 def test_bad_data(tmp_path, toy, monkeypatch):
     ids, t = np.arange(10, dtype="<u2"), tmp_path
     np.save(t / "float.npy", np.ones(3))
@@ -453,7 +459,9 @@ DECAYS = {"none": 0.0, "mild": -0.1, "strong": -20.0}
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_convolutions_equal_their_loops(T, dtype, tolerance):
+@pytest.mark.parametrize("cached", [1, layers.CACHED])     # one sequence a piece, or all of them
+def test_convolutions_equal_their_loops(cached, T, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(layers, "CACHED", cached)
     u, h, w = normal(2, T, 6, dtype=dtype), normal(6, T + 3, dtype=dtype), normal(6, 3, dtype=dtype)
     for method in ("fft", "toeplitz", "auto"):
         agree(lambda u, h: layers.long_conv(u, h, method=method), layers.long_conv.reference,
@@ -647,12 +655,25 @@ def test_layer_compiles_without_graph_breaks(name, settings):
 
 @every_variant
 def test_init_is_at_scale(name, settings):
-    """Inputs of scale 1 give outputs between 1/300 and 30, and no gradient is lost."""
+    """Inputs of scale 1 give outputs between 1/300 and 30, and no row's gradient is lost."""
     layer = make(name, **settings)
     y = layer(torch.randn(4, 128, D))
     assert 1 / 300 < y.std() < 30
     y.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+    if hasattr(layer, "mix"):
+        assert (layer.mix.grad[:, 1:].abs().sum(1) > 0).all()
+
+
+def test_plain_loops_keep_the_meaning_of_keywords():
+    q, k, v = (normal(1, 1, 9, 4, seed=i) for i in range(3))
+    log_a = -normal(1, 1, 9, 4, seed=4).detach().abs()
+    for f, named in ((layers.causal_attention, dict(window=2)),
+                     (layers.gated_linear_scan, dict(log_a=log_a, chunk=4))):
+        fast = f(q, k, v, **named)
+        with layers.plain_loops():
+            assert gap(f(q, k, v, **named), fast, 1e-3) < 1e-4
+            assert gap(f(q, k, v), fast, 1e-3) > 1e-2
 
 
 def test_mamba_dt_survives_in_a_model():
@@ -2189,7 +2210,8 @@ def fake(tiny_grid, monkeypatch):
     return made
 
 
-def test_full_preset_is_the_protocol():
+def test_full_preset_is_the_protocol(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "own", tasks.TASKS["compression"])      # a task that is added
     grid = train.grid_of(train.MadConfig(preset="full"))
     runs = [run for runs in grid.values() for run in runs]
     assert len(grid) == 66 and set(grid) == set(tasks.mad_settings())
@@ -2844,13 +2866,17 @@ def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
 def test_an_unwritable_place_is_refused_before_training(tmp_path, monkeypatch):
     import shutil
     new = tmp_path / "new"
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(OSError, match="is not writable: choose another --out"):
-        train.train(short(new), quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(OSError, match="is not writable: choose another --out"):
+            train.train(short(new), quiet)
     used = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: used._replace(free=20_000))
-    with pytest.raises(OSError, match="0.0 MB free.*need 0.1 MB: make room"):
-        train.train(short(new), quiet)
+    numbers = train.train(short(tmp_path / "before"), quiet)["parameters"]
+    for copies in (0, 3 * 3):        # of the parameters: room for three checkpoints isn't enough,
+        free = 4 * copies * numbers + 1000               # the best parameters come on top
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: used._replace(free=free))
+        with pytest.raises(OSError, match="MB free.*need 0.1 MB: make room"):
+            train.train(short(new), quiet)
     (tmp_path / "file").write_text("")
     with pytest.raises((OSError, ValueError), match="file"):
         train.train(short(tmp_path / "file"), quiet)
