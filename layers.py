@@ -272,11 +272,11 @@ def _(a, b, reverse):
 
 
 # The gradient of a scan is the same scan backwards in time: g_t = dL/dh_t + a_{t+1} g_{t+1}. Left
-# to autograd, a loop that writes into slices would cost O(T^2).
+# to autograd, a loop that writes into slices would cost O(T^2). (conj: for complex a, as in S4.)
 def _scan_grad(ctx, g):
     a, h = ctx.saved_tensors
-    g = _scan(a, g, True)
-    return g * F.pad(h[:, :-1], (0, 0, 1, 0)), g, None
+    g = _scan(a.conj().resolve_conj(), g, True)
+    return g * F.pad(h[:, :-1].conj(), (0, 0, 1, 0)), g, None
 
 
 def _scan_save(ctx, inputs, output):
@@ -288,7 +288,10 @@ _scan.register_autograd(_scan_grad, setup_context=_scan_save)
 
 @defined_by(linear_scan_reference)
 def linear_scan(a, b):
-    """h_t = a_t h_{t-1} + b_t along dim 1. a, b (B, T, ...), a may broadcast -> shape of b."""
+    """
+    h_t = a_t h_{t-1} + b_t along dim 1. a, b (B, T, ...), real or both complex, a may broadcast ->
+    shape of b.
+    """
     a, b = at_least_float32(a, b)
     flat = (*b.shape[:2], -1)
     return _scan(a.expand_as(b).reshape(flat), b.reshape(flat), False).view_as(b)
@@ -526,9 +529,9 @@ class Layer(nn.Module):
 
 
 def count_state(state):
-    """Floating-point numbers a sequence in a (nested) state: the tensors are what is counted."""
+    """Real numbers a sequence in a (nested) state: the tensors are counted, indices are not."""
     if torch.is_tensor(state):
-        return state[0].numel() if state.is_floating_point() else 0
+        return state[0].numel() * (1 + state.is_complex()) if state.dtype != torch.long else 0
     return sum(map(count_state, state))
 
 
@@ -1189,6 +1192,7 @@ class Mamba(Layer):
     S6 (Gu & Dao 2023, algorithm 2), per channel c and state n:
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,     y_t = C_t . h_t + D x_t
     with dt, B, C from x_t; between a short convolution and a gate. It mixes tokens and channels.
+    A is real. (To try a complex one, as in S4, use `linear_scan`: `selective_scan` is for real A.)
 
     Args: expand: inner width over D; state N; kernel: taps; dt_rank.
     """

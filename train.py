@@ -830,90 +830,40 @@ class InUse(ValueError):
     """Another process works in this folder."""
 
 
-def started_at(pid):
-    """When a process began, in ticks since this machine did; None where /proc doesn't say."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state[0] == "Z" else state[19]              # Z: dead, its parent didn't look
-
-
-def read_lock(path):
-    """Who holds it: {} if it can't be read (yet), None if there is no lock."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        return {}
-
-
-def holds_still(holder, path):
-    """
-    Whether the process of a lock lives. One of another machine can't be looked at: it counts as
-    alive. A lock without content is one in the making, unless it is older than 10 seconds.
-    """
-    if not holder:
-        return path.exists() and time.time() - path.stat().st_mtime < 10
-    if holder["host"] != platform.node() or os.name == "nt":   # there, os.kill(pid, 0) kills
-        return True
-    try:
-        os.kill(holder["pid"], 0)             # asks only
-    except ProcessLookupError:
-        return False
-    except OSError:                           # there, but another user's
-        pass
-    return holder["started"] == started_at(holder["pid"])      # else its number was given anew
-
-
-def remove_stale(path, holder):
-    """Another may have taken the lock over since `holder` was read: such a lock is put back."""
-    aside = path.with_name(f".lock.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return
-    if read_lock(aside) != holder:
-        os.link(aside, path)
-    aside.unlink()
-
-
-def take_lock(folder):
-    """InUse says who has it."""
-    path, mine = folder / "lock", dict(host=platform.node(), pid=os.getpid(),
-                                       started=started_at(os.getpid()))
-    while True:
-        try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            break
-        except FileExistsError:
-            holder = read_lock(path)
-        if holder is not None and holds_still(holder, path):
-            raise InUse(f"{folder} is in use by process {holder.get('pid', '(unknown)')} on "
-                        f"{holder.get('host', 'some machine')}; wait for it, stop it, or choose "
-                        f"another --name. If it is long gone, delete {path}")
-        if holder is not None:
-            remove_stale(path, holder)
-    with os.fdopen(file, "w") as lock:
-        lock.write(json.dumps(mine))
+def hold(file):
+    """A lock on an open file, which the system frees when this process ends, however it ends."""
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
 def claim(folder):
     """
-    One process at a time works in a folder, even of several machines: `folder/lock` names it. InUse
-    if another one does. The lock of a dead process is taken over. Folders made for this are
-    removed again if nothing was put there.
+    One process at a time works in a folder, even of several machines that share it: it holds
+    `folder/lock`. InUse if another one does. Folders made for this are removed again if nothing was
+    put there.
     """
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    path, made = folder / "lock", [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        take_lock(folder)
-        try:
-            yield
-        finally:
-            (folder / "lock").unlink(missing_ok=True)
+        with open(path, "a") as file:
+            try:
+                hold(file)
+                mine = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except (BlockingIOError, PermissionError, FileNotFoundError):
+                mine = False                  # the last: its holder has just ended
+            if not mine:
+                raise InUse(f"{folder} is in use by another process; wait for it, stop it, or "
+                            f"choose another --name")
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):        # Windows keeps a file that is open
+                    path.unlink()
     finally:
         with contextlib.suppress(OSError):    # not empty: there is a run in it
             for f in made:
