@@ -1071,19 +1071,25 @@ def plot_mad(ax, scores, row):
 
 def plot(archs, out, scores=None):
     """Parabolas, frontier, loss against N and D, and against MAD scores if given: one image."""
+    panels = [(plot_parabolas, arch, runs) for arch, runs in archs.items()]
+    panels += [(plot_frontier, archs), (plot_runs, archs, "N", "parameters"),
+               (plot_runs, archs, "D", "training tokens")]
+    panels += [(plot_mad, scores, compare(scores, archs)[-1])] if scores else []
+    draw(panels, out)
+
+
+def draw(panels, out):
+    """[(function of axes and arguments, arguments ...)] side by side, up to three a row."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
         raise FitError("plots need matplotlib: pip install matplotlib") from None
-    panels = [(plot_parabolas, arch, runs) for arch, runs in archs.items()]
-    panels += [(plot_frontier, archs), (plot_runs, archs, "N", "parameters"),
-               (plot_runs, archs, "D", "training tokens")]
-    panels += [(plot_mad, scores, compare(scores, archs)[-1])] if scores else []
-    rows = -(-len(panels) // 3)
-    figure, axes = pyplot.subplots(rows, 3, figsize=(15, 4 * rows), layout="constrained",
-                                   squeeze=False)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows),
+                                   layout="constrained", squeeze=False)
     for ax, (draw, *args) in zip(axes.flat, panels):
         draw(ax, *args)
         ax.set_ylabel("loss, nats a token")
@@ -1329,7 +1335,11 @@ def run_fit(args):
 
 
 def run_compare(args):
-    rows = plain(compare(read_scores(args.mad), read_runs(args.runs)))
+    scores = read_scores(args.mad)
+    rows = compare(scores, read_runs(args.runs))
+    if args.plot:
+        draw([(plot_mad, scores, rows[-1])], args.plot)
+    rows = plain(rows)
     print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(report("budget", rows)))
 
 
@@ -1456,6 +1466,7 @@ def main(argv=None):
     add("--mad", required=True, help="folder of train.py's scores, or a CSV (arch, mean)")
     add("--runs", required=True, help="CSV file of runs, with an arch column")
     add("--json", action="store_true", help="print a JSON list, a row a budget")
+    add("--plot", help="image file, .png or .pdf: scores against losses at the largest budget")
     add = _command(commands, "table", run_table, "MAD scores beside the published ones")
     add("--mad", required=True, help="folder of train.py's scores, such as results/mad/quick")
     add = _command(commands, "plot", run_plot, "draw a CSV of runs")

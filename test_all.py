@@ -10,7 +10,7 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
             text: windows, bits a byte, samples, several processes
             the MAD protocol: its arithmetic, what is reused, processes that share, die and go on
 
-  python test_all.py            all of it, about two minutes on two cores
+  python test_all.py            all of it, about five minutes on two cores
   python test_all.py -k mamba   what names mamba
 """
 import argparse
@@ -23,11 +23,11 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -1390,6 +1390,10 @@ def test_plot_writes_an_image(runs_csv, tmp_path):
     scores.write_text("arch,mean\none,0.5\ntwo,0.6\nthree,0.7\n")
     assert not scaling.main(["plot", str(runs_csv), "--out", str(image), "--mad", str(scores)])
     assert image.read_bytes().startswith(b"\x89PNG") and image.stat().st_size > 50_000
+    args = ["--mad", str(scores), "--runs", str(runs_csv), "--plot", str(tmp_path / "mad.png")]
+    assert not scaling.main(["compare", *args])
+    width, height = struct.unpack(">II", (tmp_path / "mad.png").read_bytes()[16:24])
+    assert (width, height) == (5 * 130, 4 * 130)                           # one panel
 
 
 @pytest.mark.parametrize("csv, args, message", [
