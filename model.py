@@ -16,13 +16,11 @@ A block is x + layer(norm(x)). Two backbones (Poli et al. 2024, section 3):
 """
 import argparse
 import ast
-import math
 import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from layers import LAYERS, Experts, ImplicitFilter, RMSNorm, build_layer, count_state, unknown
 

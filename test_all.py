@@ -15,7 +15,6 @@ What is claimed, as tests: each claim of the README and of the docstrings has on
 """
 import argparse
 import collections
-import contextlib
 import csv
 import dataclasses
 import hashlib
