@@ -323,6 +323,7 @@ def selective_scan_reference(x, dt, A, B, C):
 
 
 def _stretches(x, N):
+    """Slices of time whose states stay in cache; single tokens where one token's don't."""
     steps = max(1, CACHED // (x.shape[0] * x.shape[2] * N))
     return [slice(t, t + steps) for t in range(0, x.shape[1], steps)]
 
@@ -469,7 +470,8 @@ def gated_linear_scan(q, k, v, log_a=None, u=None, chunk=64):
     attention, between chunks by its state. O(T C), stable for any decay.
 
     Args: q, k (B, H, T, K), v (B, H, T, V), log_a <= 0 (B or 1, H, T, K or 1), None: no decay,
-        u (H, K) or None. Returns (B, H, T, V); under autocast its products are bf16.
+        u (H, K) or None, chunk a power of 2. Returns (B, H, T, V); under autocast its products are
+        bf16.
     """
     q, k, v, T = *at_least_float32(q, k, v), q.shape[2]
     C = min(chunk, 1 << (T - 1).bit_length())
@@ -573,16 +575,21 @@ def token_shift(x):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution of x (B, C, T); its state is the last width - 1 inputs."""
+    """
+    Causal depthwise convolution of x (B, C, T), or (B, T, C) with time=1; its state is the last
+    width - 1 inputs.
+    """
 
     def __init__(self, channels, width, bias=False):
         super().__init__()
         self.taps = nn.Parameter(torch.empty(channels, width).uniform_(-1, 1) / width ** 0.5)
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
-    def forward(self, x, time=2):                # (B, C, T), or with time=1 (as a bias needs)
-        y = short_conv(x, self.taps.to(x.dtype), time)                        # (B, T, C)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+    def forward(self, x, time=2):
+        y = short_conv(x, self.taps.to(x.dtype), time)
+        if self.bias is None:
+            return y
+        return y + (self.bias if time == 1 else self.bias[:, None]).to(x.dtype)
 
     def init_state(self, batch, device=None, dtype=None):
         channels, width = self.taps.shape
@@ -602,8 +609,9 @@ class Router(nn.Module):
 
     def __init__(self, dim, experts, top_k):
         super().__init__()
-        if not 1 <= top_k <= experts:
-            raise ValueError(f"top_k={top_k!r}; permitted: 1 to the {experts} experts")
+        least = min(2, experts)                   # of one score, a softmax has no gradient
+        if not least <= top_k <= experts:
+            raise ValueError(f"top_k={top_k!r}; permitted: {least} to the {experts} experts")
         self.experts, self.top_k, self.score = experts, top_k, linear(dim, experts)
 
     def forward(self, x):                                                     # (.., D)
@@ -674,7 +682,8 @@ def causal_attention(q, k, v, window=None):
     if window is not None and window < T:
         return windowed_attention(q / width ** 0.5, k, v, window)
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # Its fast forms want the channels of a head in a row; `rotate` leaves time so.
+        return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v, is_causal=True)
     q, ys = q / width ** 0.5, []
     for t, end in row_blocks(T):
         seen = torch.ones(end - t, end, dtype=torch.bool, device=q.device).tril(t)
@@ -714,7 +723,7 @@ class Attention(Layer):
         self.register_buffer("table", rotary_table(torch.arange(max_len), dim // heads), False)
 
     def project(self, x, table):
-        """q, k, v (B, H, T, K), time contiguous in memory."""
+        """q, k, v (B, H, T, K); in memory time is contiguous in q and k, K in v."""
         q, k, v = split_heads(self.qkv(x).mT, 3, self.heads).unbind(1)        # (B, H, K, T)
         return rotate(q, table).mT, rotate(k, table).mT, v.mT
 
@@ -1064,11 +1073,12 @@ class GatedLinearRecurrence(Layer):
 
 class LinearAttention(GatedLinearRecurrence):
     """
-    y_t = sum_s phi(q_t) . phi(k_s) v_s / sum_s phi(q_t) . phi(k_s)   (Katharopoulos et al. 2020)
+    y_t = sum_s f(q_t) . g(k_s) v_s / sum_s f(q_t) . g(k_s)           (Katharopoulos et al. 2020)
 
-    phi(x) = softplus(W_1 x) * softplus(W_2 x), a learned elementwise product, shared by the heads.
-    mad-lab leaves the softplus out; its denominator then changes sign, and outputs reach 33,000.
-    The denominator is the same recurrence over one more column of v, all ones.
+    f and g: softplus(W_1 x) * softplus(W_2 x), learned elementwise products, each with its own W_1
+    and W_2, shared by the heads (1e-6 keeps the denominator from 0). mad-lab leaves the softplus
+    out; its denominator then changes sign, and outputs reach 33,000. The denominator is the same
+    recurrence over one more column of v, all ones.
     """
 
     extra = 1
@@ -1079,15 +1089,22 @@ class LinearAttention(GatedLinearRecurrence):
         self.phi_q, self.phi_k = (linear(self.width, 2 * self.width) for _ in range(2))
 
     def project(self, x, _):
-        # W_1 and W_2 act within a head of K channels. Multiplied into W_q and W_k first, they make
-        # one wide product with x of many narrow ones: (2, 2K, K) (2, H, K, D) -> (2, H, 2K, D).
-        Wq, Wk, Wv = self.qkv.weight.view(3, self.heads, self.width, self.dim).unbind()
-        features = torch.cat((self.phi_q.weight @ Wq, self.phi_k.weight @ Wk))    # (2H, 2K, D)
-        z = F.linear(x, torch.cat((features.flatten(0, 1), Wv.flatten(0, 1))))
-        z, v = z.split((4 * self.dim, self.dim), -1)
-        a, b = F.softplus(z.unflatten(-1, (2, self.heads, 2, -1))).unbind(-2)     # (B, T, 2, H, K)
+        by_head = lambda p, *shape: p.unflatten(-1, (*shape, self.heads, -1))
+        if x.shape[1] == 1:                                                       # a step
+            q, k, v = by_head(self.qkv(x), 3).unbind(2)
+            z = torch.stack((self.phi_q(q), self.phi_k(k)), 2)                    # (B, 1, 2, H, 2K)
+        else:
+            # W_1 and W_2 act within a head of K channels. Multiplied into W_q and W_k first, they
+            # make one wide product with x of many narrow ones:
+            # (2, 2K, K) (2, H, K, D) -> (2, H, 2K, D).
+            Wq, Wk, Wv = self.qkv.weight.view(3, self.heads, self.width, self.dim).unbind()
+            maps = torch.cat((self.phi_q.weight @ Wq, self.phi_k.weight @ Wk))    # (2H, 2K, D)
+            z = F.linear(x, torch.cat((maps.flatten(0, 1), Wv.flatten(0, 1))))
+            z, v = z.split((4 * self.dim, self.dim), -1)
+            z, v = by_head(z, 2), by_head(v)
+        a, b = F.softplus(z).chunk(2, -1)                                         # (B, T, 2, H, K)
         q, k = (a * b).transpose(1, 3).unbind(2)                                  # (B, H, T, K)
-        v = F.pad(v.unflatten(-1, (self.heads, -1)).transpose(1, 2), (0, 1), value=1.0)
+        v = F.pad(v.transpose(1, 2), (0, 1), value=1.0)
         return q, k, v, None, None, None                                          # v: (.., V + 1)
 
     def readout(self, y, _):
@@ -1095,14 +1112,18 @@ class LinearAttention(GatedLinearRecurrence):
         return merge_heads(y[..., :-1] / (y[..., -1:] + 1e-6))                # (B, T, D)
 
     def matmul_flops(self, T):
-        """To 2D features of q and of k, to v, out; and phi times W, once a sequence."""
-        return 2 * T * self.dim * (4 + 1 + 1) * self.dim + 8 * self.width * self.dim ** 2
+        """To 2D features of q and of k, to v, and out. (Their weights are made once a batch.)"""
+        return 2 * T * self.dim * (4 + 1 + 1) * self.dim
+
+    def mixing_flops(self, T):
+        return 4 * T * self.dim * (self.width + self.extra)                   # nothing decays
 
 
 class GatedLinearAttention(GatedLinearRecurrence):
     """
     log a_t = logsigmoid(W_2 W_1 x_t + b) / 16;  y = (norm(S_t^T q_t) * silu(x W_g)) W_o
-    (Yang et al. 2024, sections 4.1 and 4.4.)  Args: heads H; rank of the gate.
+    (Yang et al. 2024, sections 4.1 and 4.4.)  Args: heads H; rank of the gate. In the code q is
+    scaled by K^-1/2, which the norm takes out again, but for its eps.
     """
 
     def __init__(self, dim, max_len, heads=8, rank=16):
@@ -1125,14 +1146,15 @@ class RWKV5(GatedLinearRecurrence):
     """
     Tokens mixed with the one before; a = exp(-exp(w)) a channel, fixed; bonus u for the present
     token; y = (norm(..) * silu(g)) W_o   (Peng et al. 2024, Eagle, section 4.1).  Args: heads H.
+    q is scaled as in GLA.
     """
 
-    shifts, mixed = True, 4
+    shifts, mixes = True, 4
 
     def __init__(self, dim, max_len, heads=8):
         super().__init__(dim, heads)
         ramp = torch.arange(dim) / dim
-        self.mix = nn.Parameter(ramp.repeat(self.mixed, 1))     # share of x_{t-1} in r, k, v, g (w)
+        self.mix = nn.Parameter(ramp.repeat(self.mixes, 1))     # share of x_{t-1} in r, k, v, g (w)
         self.r, self.k, self.v, self.g = (linear(dim, dim) for _ in range(4))
         self.log_rate = nn.Parameter(-6 + 5 * ramp)         # half-lives from 280 tokens to 2
         self.bonus = nn.Parameter(torch.full((heads, self.width), 0.5))
@@ -1163,13 +1185,13 @@ class RWKV6(RWKV5):
     (Peng et al. 2024, Finch, section 4.2).  Args: heads H; ranks of the mixtures and of the decay.
     """
 
-    mixed = 5                                               # w, too
+    mixes = 5                                               # w, too
 
     def __init__(self, dim, max_len, heads=8, mix_rank=32, decay_rank=64):
         super().__init__(dim, max_len, heads)
         self.mix_x = nn.Parameter(torch.arange(dim) / dim)
         self.mix_down = linear(dim, 5 * mix_rank)
-        self.mix_up = nn.Parameter(torch.randn(5, mix_rank, dim) * 0.01)      # at first: RWKV-5
+        self.mix_up = nn.Parameter(torch.randn(5, mix_rank, dim) * 0.01)      # small at first
         self.decay_down, self.decay_up = linear(dim, decay_rank), linear(decay_rank, dim)
 
     def mixtures(self, x, before):
@@ -1191,6 +1213,7 @@ class Mamba(Layer):
     """
     S6 (Gu & Dao 2023, algorithm 2), per channel c and state n:
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,     y_t = C_t . h_t + D x_t
+    (dt B is what the authors' code has; their equation 4 has (exp(dt A) - 1) / A times B there)
     with dt, B, C from x_t; between a short convolution and a gate. It mixes tokens and channels.
     A is real. (To try a complex one, as in S4, use `linear_scan`: `selective_scan` is for real A.)
 
@@ -1204,7 +1227,7 @@ class Mamba(Layer):
         self.short = ShortConv(self.inner, kernel, bias=True)
         self.dt_B_C = linear(self.inner, dt_rank + 2 * state)
         self.dt_up = linear(dt_rank, self.inner)
-        # softplus(dt_bias) log-uniform in [0.001, 0.1]: memories of 10 to 1000 tokens.
+        # softplus(dt_bias) log-uniform in [0.001, 0.1]: memories of 10/n to 1000/n tokens, n to N.
         dt = torch.empty(self.inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(dt + (-torch.expm1(-dt)).log())           # inverse softplus
         nn.init.uniform_(self.dt_up.weight, -dt_rank ** -0.5, dt_rank ** -0.5)
@@ -1370,7 +1393,8 @@ class RWKVChannelMixer(Layer):
 
 # =================================================================================================
 # The table, with MAD's settings at width 128. Two blocks of a fixed-state mixer hold 4096 numbers
-# of state, the paper's common size; not of attention, sliding windows, and one wide head.
+# of state, the paper's common size (of Mamba, four layers). mh-linear-attention's two hold 2048;
+# attention, sliding windows and one wide head are not normalised.
 # =================================================================================================
 
 LAYERS = {

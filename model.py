@@ -86,6 +86,8 @@ def parse_pattern(pattern):
     layers = []
     for part in parts:
         name, _, inside = part.rstrip(")").partition("(")
+        if not name:
+            raise ValueError(f"pattern {pattern!r}: a bracket outside name(key=value,key=value)")
         settings = {}
         for item in filter(None, inside.split(",")):
             key, equals, value = (s.strip() for s in item.partition("="))
@@ -209,6 +211,7 @@ def pick(logits, temperature, top_k):
     if top_k is not None:
         worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < worst, -torch.inf)
+    logits = logits - logits.amax(-1, keepdim=True)              # else low temperatures overflow
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 
