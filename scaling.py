@@ -883,8 +883,9 @@ def read_records(folder):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             options = [f"{k}={v}" for k, v in record["options"].items()]
+            mad_mean([record]), record["preset"], record["code"]     # KeyError where one is missing
             found.setdefault(" ".join([record["arch"], *options]), []).append(record)
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise FitError(f"{path}: no MAD score ({type(error).__name__}: {error})") from None
     if not found:
         raise FitError(f"{folder} holds no scores: make them with train.py --task mad")
@@ -1362,9 +1363,9 @@ def run_sweep(args):
     for config in configs:
         train.find_folder(config)                                    # no folder holds another run
     path = Path(args.out) / "runs.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        failed = sweep(runs, configs, path)
+        with train.claim(path.parent):                               # the CSV is rewritten whole
+            failed = sweep(runs, configs, path)
     except KeyboardInterrupt as stop:                                # train.Interrupted has args
         why, number = stop.args or ("stopped at once", 2)
         print(f"{why}; finished runs, if any, are in {path}", file=sys.stderr)
@@ -1479,7 +1480,8 @@ def main(argv=None):
     try:
         return args.run(args)
     except (ValueError, OSError) as error:                           # --out names train.py's runs
-        print(f"scaling.py: {str(error).replace('--name', '--out')}", file=sys.stderr)
+        text = str(error).replace("--name or --out", "--out").replace("--name", "--out")
+        print(f"scaling.py: {text}", file=sys.stderr)
         return 2
 
 

@@ -1645,6 +1645,14 @@ def test_a_sweep_leaves_the_folder_of_another_run_alone(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {folder.name, "text.txt"}
 
 
+def test_two_sweeps_do_not_share_a_csv(trained, tmp_path, capsys):
+    with train.claim(tmp_path / "out"):
+        assert scaling.main([*SWEEP, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "in use by another process" in error and "choose another --out" in error
+    assert not trained.configs
+
+
 def test_scaling_as_a_program_and_its_help(runs_csv, capsys):
     done = subprocess.run([sys.executable, str(HERE / "scaling.py"), "compare", "--mad", runs_csv,
                            "--runs", runs_csv], text=True, capture_output=True, timeout=300)
@@ -2337,6 +2345,31 @@ def test_key_of_a_run(monkeypatch):
     assert other != source and train.meaning(other) != train.meaning(source)
 
 
+def test_what_has_no_say_is_no_part_of_a_run():
+    key = lambda **options: train.run_key(train.TrainConfig(**options))
+    assert key(arch="mamba", layers="swiglu") == key(layers="swiglu")
+    assert key(steps=9, epochs=7) == key(steps=9) != key(epochs=7)
+    layer, arch = train.MadConfig(layers="mh-hyena"), train.MadConfig(arch="mh-hyena")
+    assert layer.label == "mh-hyena()" and arch.label == "mh-hyena"          # not the same model
+    assert train.size_of(layer)["pattern"] == "mh-hyena"
+    assert train.record_path(layer) != train.record_path(arch)
+
+
+def test_a_signal_in_a_runs_last_step_ends_its_grid(tmp_path, monkeypatch):
+    """The run is done, and its result is there; but the next one must not begin."""
+    config = small(tmp_path, num_train=128, steps=2)
+    test = train.Run.test
+
+    def test_and_signal(run):
+        run.asked_to_stop = signal.SIGTERM
+        return test(run)
+    monkeypatch.setattr(train.Run, "test", test_and_signal)
+    with pytest.raises(train.Interrupted) as stop:
+        train.train(config, None)
+    assert stop.value.args[1] == signal.SIGTERM
+    assert (train.find_folder(config)[0] / "result.json").exists()
+
+
 def test_results_of_other_code_are_not_reused(fake, tmp_path, monkeypatch):
     score(mad(tmp_path))
     monkeypatch.setattr(train, "code_version", lambda: "other")
@@ -2351,7 +2384,9 @@ def test_mad_mistakes(tmp_path, monkeypatch):
                           (["--arch", "mambo"], "did you mean mamba"),
                           (["--workers", "0"], "at least 1"), (["--lr", "0.1"], "option is '--lr'"),
                           (["--device", "tpu9"], "try --device cpu"),
-                          (["--dim", "20"], "divide"), (["--select", "first"], "best-loss")]:
+                          (["--dim", "20"], "divide"), (["--select", "first"], "best-loss"),
+                          (["--warmup", "600"], "less than the run's 500"),
+                          (["--tasks", "text"], "unknown tasks 'text'")]:
         with pytest.raises(ValueError, match=message):
             train.run_and_report(["--task", "mad", "--out", str(tmp_path), *args])
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -2546,6 +2581,9 @@ def test_mad_table_shows_what_is_recorded(fake, tmp_path, capsys):
                                            for a in arch}
     with pytest.raises(scaling.FitError, match="train.py --task mad"):
         scaling.read_records(tmp_path)
+    (folder / "half.json").write_text('{"arch": "hyena", "options": {}}')
+    with pytest.raises(scaling.FitError, match="half.json: no MAD score .*macro_mean"):
+        scaling.read_records(folder)
 
 
 # =================================================================================================

@@ -116,16 +116,12 @@ class Common(Options):
 
     @property
     def label(self):
-        return self.layers or self.arch
+        return f"{self.layers}()" if self.layers in ARCHS else self.layers or self.arch
 
 
 @dataclass
 class TrainConfig(Common):
-    """
-    Train one architecture on one task.
-
-    Everything that determines a run. ValueError names a bad field, its value and the range.
-    """
+    """Train one architecture on one task."""
     lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
     weight_decay: float = option(0.1, "AdamW's (the paper's grid: 0 0.1)", low=0.0)
     batch_size: int | None = option(None, "sequences a step (the default: 128; text: 32)", low=1)
@@ -133,7 +129,8 @@ class TrainConfig(Common):
                              of="text")
     steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
     epochs: int = option(4, "passes over the training data (the paper: 200)", low=1, of="MAD")
-    eval_every: int | None = option(None, "steps between tests (the default: half an epoch)", low=1)
+    eval_every: int | None = option(None, "steps between tests (the default: half an epoch; of "
+                                    "text, a tenth of the run)", low=1)
     seq_len: int | None = option(None, "length T of the task's sequences", low=1, of="MAD")
     vocab_size: int | None = option(None, "vocabulary of the task", low=1, of="MAD")
     num_train: int | None = option(None, "training sequences", low=1, of="MAD")
@@ -154,6 +151,10 @@ class TrainConfig(Common):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.layers is not None:           # what has no say is no part of the run's identity
+            self.arch = TrainConfig.arch
+        if self.steps is not None and self.task != "text":
+            self.epochs = TrainConfig.epochs
         for f in dataclasses.fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, self.default(f))
@@ -161,6 +162,9 @@ class TrainConfig(Common):
         if self.min_lr > max(self.lr, 1e-6):
             raise ValueError(f"min_lr is {self.min_lr!r}; permitted: at most lr, {self.lr!r}")
         self.pattern, self.setting, self.run_name     # an impossible one is an error here
+        if self.warmup >= planned_steps(self):
+            raise ValueError(f"warmup is {self.warmup}; permitted: less than the run's "
+                             f"{planned_steps(self)} steps")
 
     def default(self, f):
         """A field's default for this task."""
@@ -200,6 +204,13 @@ class TrainConfig(Common):
         return [(f.name.replace("_", "-"), getattr(self, f.name)) for f in dataclasses.fields(self)
                 if getattr(self, f.name) != self.default(f) and not f.metadata.get("how")
                 and f.name not in ("arch", "layers", "task", "out", "name")]
+
+
+def planned_steps(run):
+    if run.steps is not None:
+        return run.steps
+    n = run.setting.num_train
+    return run.epochs * (n // min(run.batch_size, n))
 
 
 SETTING_OPTIONS = ("seq_len", "vocab_size", "num_train", "frac_noise", "num_tokens_to_copy")
@@ -412,8 +423,6 @@ class Ranks:
                 tensor.copy_(mean.view_as(tensor))
 
     def largest(self, number):
-        if self.count == 1:
-            return number
         return self.sum(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.MAX).item()
 
     def check_same(self, what, number):
@@ -831,13 +840,20 @@ class InUse(ValueError):
 
 
 def hold(file):
-    """A lock on an open file, which the system frees when this process ends, however it ends."""
-    if os.name == "nt":
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """
+    Whether this process, and no other, now holds an open file; the system frees it when the process
+    ends, however it ends. OSError where the file system knows no locks.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        return False                          # the last: who held it has just ended
 
 
 @contextlib.contextmanager
@@ -848,14 +864,13 @@ def claim(folder):
     put there.
     """
     path, made = folder / "lock", [f for f in (folder, *folder.parents) if not f.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with open(path, "a") as file:
-            try:
-                hold(file)
-                mine = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except (BlockingIOError, PermissionError, FileNotFoundError):
-                mine = False                  # the last: its holder has just ended
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a")
+        with file:
+            with disk_errors(path):
+                mine = hold(file)
             if not mine:
                 raise InUse(f"{folder} is in use by another process; wait for it, stop it, or "
                             f"choose another --name")
@@ -992,10 +1007,7 @@ class Run:
         config, setting = self.config, self.config.setting
         self.data = data = (TaskData(setting, config.batch_size, config.seed, self.device)
                             if setting else TextData(config, self.ranks, self.device))
-        self.steps = config.steps or config.epochs * data.epoch_steps
-        if config.warmup >= self.steps:
-            raise ValueError(f"warmup is {config.warmup}; permitted: less than the run's "
-                             f"{self.steps} steps")
+        self.steps = planned_steps(config)
         self.eval_every = config.eval_every or data.test_every
         self.say(f"data     {config.task}: {data.describe()}")
         if self.ranks.count > 1:
@@ -1275,9 +1287,11 @@ class Run:
 
     def find_fault(self, step):
         """The steps since the checkpoint and the next one once more, watched."""
-        if not (self.folder / "ckpt.pt").exists():
+        paths = [self.folder / name for name in ("ckpt.pt", "ckpt.previous.pt")]
+        there = [path for path in paths if path.exists()]
+        if not there:
             return "the initial parameters"
-        self.restore(self.folder / "ckpt.pt")
+        self.restore(there[0])
         self.say(f"fault    looking for its layer in steps {self.step + 1:,} to {step:,}")
         torch.set_rng_state(self.random)
         self.score, self.watch = self.plain, Watch(self.model)           # a graph has no layers
@@ -1298,7 +1312,7 @@ class Run:
             **self.data.facts, steps=self.step, planned_steps=self.steps, skipped=self.skipped,
             ended=self.ended, tokens_per_s=round(tokens / self.train_seconds),
             wall_s=self.wall_s(), train_flops=self.step * flops, flops_per_s=round(speed),
-            mfu=peak and round(speed / peak, 4),
+            mfu=peak and round(speed / peak / self.ranks.count, 4),
             parameters=sum(p.numel() for p in self.model.parameters()),
             config=identity(self.config), git=git_hash(),
             machine=dict(device=self.device, dtype=str(self.dtype)[6:], compiled=self.compiled,
@@ -1347,28 +1361,26 @@ def train(config, say=print, shared=None):
     folder, note = find_folder(config)
     if note and say:
         say(f"note     {note}")
-    with claim(folder) if Ranks(config.task).rank == 0 else contextlib.nullcontext():
-        return train_in(folder, config, say, shared)
-
-
-def train_in(folder, config, say, shared):
-    """`train` in a folder that is held."""
     done = folder / "result.json"
-    if done.exists():
-        if say:
-            say(f"note     this run is finished; its result is shown again. To train once more, "
-                f"choose another --seed or --name")
-        return read_object(done) | dict(folder=str(folder))
-    run = Run(config, folder, say, shared)
-    run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
-    if not run.go():
-        line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
-                f"command goes on from there, or --resume {shlex.quote(str(folder))}")
-        raise Interrupted(line if run.ranks.rank == 0 else None, run.signal)
-    result = run.result()
-    if run.ranks.rank == 0:
+    with claim(folder) if Ranks(config.task).rank == 0 else contextlib.nullcontext():
+        if done.exists():
+            if say:
+                say(f"note     this run is finished; its result is shown again. To train once "
+                    f"more, choose another --seed or --name")
+            return read_object(done) | dict(folder=str(folder))
+        run = Run(config, folder, say, shared)
+        run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
+        if not run.go():
+            line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
+                    f"command goes on from there, or --resume {shlex.quote(str(folder))}")
+            raise Interrupted(line if run.ranks.rank == 0 else None, run.signal)
+        if run.ranks.rank > 0:
+            return dict(run.metrics, folder=str(folder))
+        result = run.result()
         write_json(done, result)
         (folder / "ckpt.previous.pt").unlink(missing_ok=True)     # the last and the best stay
+    if run.asked_to_stop and say is None:     # in its last step: a grid or sweep must not go on
+        raise Interrupted(f"stopped when {folder} had ended", run.asked_to_stop)
     return result | dict(folder=str(folder))
 
 
@@ -1448,8 +1460,7 @@ class MadConfig(Common):
     The MAD score of an architecture: every task of a preset, a grid of runs each.
 
     Runs that are finished are reused, others go on, so that the same command resumes. Rates,
-    decays, steps and batch size are the preset's. ValueError names a bad field, its value and the
-    range.
+    decays, steps and batch size are the preset's.
     """
     task: str = choice("mad", text="this protocol")
     preset: str = option("quick", f"numbers of the protocol (one of {', '.join(PRESETS)})")
@@ -1465,9 +1476,10 @@ class MadConfig(Common):
         super().__post_init__()
         if self.preset not in PRESETS:
             raise tasks.unknown("preset", self.preset, PRESETS)
+        there = list(dict.fromkeys(s.task for s, _ in PRESETS[self.preset].settings))
         for task in self.task_list:
-            if task not in tasks.TASKS:
-                raise tasks.unknown("tasks", task, tasks.TASKS)
+            if task not in there:
+                raise tasks.unknown("tasks", task, there)
         grid_of(self)                                        # an impossible run is an error here
 
     @property
@@ -1519,11 +1531,6 @@ def folder_of(run):
     return Path(run.out) / run.name
 
 
-def planned_steps(run):
-    n = run.setting.num_train
-    return run.steps or run.epochs * (n // min(run.batch_size, n))
-
-
 class Grid:
     """
     A protocol's runs and what has become of them, as their folders tell.
@@ -1547,8 +1554,7 @@ class Grid:
         for run in self.all_runs():
             if run.name not in self.results:
                 with contextlib.suppress(FileNotFoundError):
-                    self.results[run.name] = json.loads(
-                        (folder_of(run) / "result.json").read_text())
+                    self.results[run.name] = read_object(folder_of(run) / "result.json")
 
     def solved(self, setting):
         """Whether a run of it has ended by early_stop: others could add at most 0.001."""
@@ -1914,11 +1920,7 @@ def benchmark_generation(device, steps=32):
 
 @dataclass
 class SampleConfig(Options):
-    """
-    Let the model of a text run write, one token at a time, through the layers' `step`.
-
-    ValueError names a bad field, its value and the range.
-    """
+    """Let the model of a text run write, one token at a time, through the layers' `step`."""
     sample: str = option("", "folder of a text run, such as out/hybrid_text")
     prompt: str = option("def ", "the text to go on from")
     tokens: int = option(200, "how many to write", low=1)
@@ -2085,11 +2087,6 @@ def run_and_report(argv):
     return 0
 
 
-def out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
-        "DefaultCPUAllocator" in str(error)
-
-
 def main():
     try:
         return run_and_report(sys.argv[1:])
@@ -2101,10 +2098,12 @@ def main():
             print(stop.args[0], file=sys.stderr)
         return 128 + stop.args[1]
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "DefaultCPUAllocator" in str(error)):
             raise
         print(f"error: out of memory ({first_line(error)}): try a smaller "
-              f"--batch-size, --dim or --seq-len", file=sys.stderr)
+              f"--batch-size, --dim or --seq-len (text: --context, or more --accumulate)",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped at once; what was saved before stays", file=sys.stderr)
