@@ -2386,7 +2386,7 @@ def test_mad_mistakes(tmp_path, monkeypatch):
                           (["--device", "tpu9"], "try --device cpu"),
                           (["--dim", "20"], "divide"), (["--select", "first"], "best-loss"),
                           (["--warmup", "600"], "less than the run's 500"),
-                          (["--tasks", "text"], "unknown tasks 'text'")]:
+                          (["--tasks", "text"], "tasks is 'text'; permitted: in-context")]:
         with pytest.raises(ValueError, match=message):
             train.run_and_report(["--task", "mad", "--out", str(tmp_path), *args])
     monkeypatch.setenv("WORLD_SIZE", "2")
