@@ -1062,9 +1062,11 @@ def plot_runs(ax, archs, column, unit):
 
 
 def plot_mad(ax, scores, row):
-    for arch, loss in row["loss"].items():
+    for i, (arch, loss) in enumerate(sorted(row["loss"].items(), key=lambda item: item[1])):
         ax.plot(scores[arch], loss, "o", color="black")
-        ax.annotate(arch, (scores[arch], loss), (4, 4), textcoords="offset points", fontsize=7)
+        side, where = ((5, "left"), (-5, "right"))[i % 2]            # so that fewer labels overlap
+        ax.annotate(arch, (scores[arch], loss), (side, -3), textcoords="offset points", fontsize=7,
+                    ha=where)
     ax.margins(0.2)
     ax.set(title=f"optima at {row['C']:.1e} FLOPs: rho {row['rho']:.2f}, p {row['p']:.2g}, "
            f"n {row['n']}", xlabel="MAD score")

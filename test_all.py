@@ -918,6 +918,19 @@ def test_recorded_mad_table_is_that_of_the_records(capsys):
     assert capsys.readouterr().out == (HERE / "results" / "mad" / "table.md").read_text()
 
 
+def test_recorded_mad_scores_and_losses_are_as_compared(capsys):
+    assert not scaling.main(["compare", "--mad", str(HERE / "results" / "mad" / "quick"),
+                             "--runs", str(HERE / "results" / "mad-loss.csv")])
+    said, readme = capsys.readouterr().out, (HERE / "README.md").read_text()
+    assert said == (HERE / "results" / "mad-loss.txt").read_text()
+    rho, p, n = re.search(r"rho (\S+)  p (\S+)  n (\d+)", said).groups()
+    assert f"score and loss is {float(rho):.2f}, n = {n}, p = {float(p):.2g}" in readme
+    for line in (HERE / "results" / "mad" / "experiments.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        row = next(r for r in readme.splitlines() if r.startswith(f"| {run['arch']}, "))
+        assert f" {100 * run['macro']:.1f} (" in row
+
+
 # =================================================================================================
 # model.py
 # =================================================================================================
