@@ -964,8 +964,7 @@ class Run:
     def __init__(self, config, folder, say=print, shared=None):
         self.config, self.folder, self.ranks = config, folder, Ranks(config.task)
         self.shared = shared                  # what runs of a grid share in a process, or None
-        self.silent = say is None or self.ranks.rank > 0
-        self.say = (lambda line: None) if self.silent else say
+        self.silent, self.say = say is None, say or (lambda line: None)
         self.started, self.step, self.train_seconds = time.perf_counter(), 0, 0.0
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
         self.asked_to_stop = 0                # the number of a signal that this process has got
@@ -1359,10 +1358,11 @@ def train(config, say=print, shared=None):
     the contents of its result.json. InUse (a ValueError) if another process is at it.
     """
     folder, note = find_folder(config)
+    done, first = folder / "result.json", Ranks(config.task).rank == 0
+    say = say if first else None
     if note and say:
         say(f"note     {note}")
-    done = folder / "result.json"
-    with claim(folder) if Ranks(config.task).rank == 0 else contextlib.nullcontext():
+    with claim(folder) if first else contextlib.nullcontext():
         if done.exists():
             if say:
                 say(f"note     this run is finished; its result is shown again. To train once "
@@ -1373,8 +1373,8 @@ def train(config, say=print, shared=None):
         if not run.go():
             line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
                     f"command goes on from there, or --resume {shlex.quote(str(folder))}")
-            raise Interrupted(line if run.ranks.rank == 0 else None, run.signal)
-        if run.ranks.rank > 0:
+            raise Interrupted(line if first else None, run.signal)
+        if not first:
             return dict(run.metrics, folder=str(folder))
         result = run.result()
         write_json(done, result)
