@@ -928,7 +928,10 @@ def test_recorded_mad_scores_and_losses_are_as_compared(capsys):
     for line in (HERE / "results" / "mad" / "experiments.jsonl").read_text().splitlines():
         run = json.loads(line)
         row = next(r for r in readme.splitlines() if r.startswith(f"| {run['arch']}, "))
-        assert f" {100 * run['macro']:.1f} (" in row
+        records = [json.loads(p.read_text()) for p in sorted(
+            (HERE / "results" / "mad" / "quick").glob(f"{run['arch']}_seed?.json"))]
+        seeds = ", ".join(f"{100 * r['tasks'][run['task']]['macro']:.1f}" for r in records)
+        assert f" {100 * run['macro']:.1f} ({seeds}) |" in row
 
 
 # =================================================================================================
