@@ -2505,6 +2505,12 @@ def test_locks(tmp_path):
         with train.claim(folder):
             pass
     assert [p.name for p in folder.iterdir()] == ["run"]
+    with open(lock, "a") as waiting:                     # opened before its holder removed it
+        lock.unlink()
+        lock.touch()
+        assert not train.hold(waiting)
+    with open(lock) as file:
+        assert train.hold(file)
 
 
 def test_many_processes_claim_a_folder_once_and_a_killed_one_frees_it(tmp_path):
