@@ -21,6 +21,10 @@ A run stopped at any moment goes on by the same command, or by --resume FOLDER, 
 with the same bytes as one that never stopped. (On a GPU, sums of atomic additions differ in the
 last bits from run to run.)
 
+How a model learns is in two chapters, "One step, one test" and "A run"; begin there with `scored`
+and `Run.one_step`. How a score is made of runs is in "The MAD protocol". The others see to it that
+a night of compute is not lost: options, machine, files, signals.
+
   B batch   T time   M vocabulary
 """
 import argparse
@@ -68,6 +72,10 @@ from model import (ARCHS, Model, decayed, find_pattern, ledger, parse_pattern, p
 
 
 def option(default, text, **more):
+    """
+    A field of Options. more: its range (low, below, choices); of: "MAD" or "text", the only tasks
+    that read it; how=True: it says how to run, not what, so it is no part of a run's identity.
+    """
     return dataclasses.field(default=default, metadata=dict(help=text, **more))
 
 
@@ -78,7 +86,7 @@ def choice(default, *others, text):
 
 @dataclass
 class Options:
-    """A command line. ValueError names a bad option, its value and the range."""
+    """A command line. Raises ValueError naming a bad option, its value and the permitted range."""
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -87,7 +95,7 @@ class Options:
 
 @dataclass
 class Common(Options):
-    """What a run and the MAD protocol, a grid of runs, have in common."""
+    """The options that a run shares with the MAD protocol, which is a grid of runs."""
     arch: str = option("hybrid", "architecture of model.py")
     layers: str | None = option(None, "pattern of layers instead of an architecture")
     task: str = choice("in-context-recall", *[t for t in tasks.TASKS if t != "in-context-recall"],
@@ -151,7 +159,7 @@ class TrainConfig(Common):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.layers is not None:           # what has no say is no part of the run's identity
+        if self.layers is not None:           # what has no effect must not change the identity
             self.arch = TrainConfig.arch
         if self.steps is not None and self.task != "text":
             self.epochs = TrainConfig.epochs
@@ -161,13 +169,13 @@ class TrainConfig(Common):
             check_use(f, getattr(self, f.name), self.task)
         if self.min_lr > max(self.lr, 1e-6):
             raise ValueError(f"min_lr is {self.min_lr!r}; permitted: at most lr, {self.lr!r}")
-        self.pattern, self.setting, self.run_name     # an impossible one is an error here
+        self.pattern, self.setting, self.run_name     # looked at now, so that mistakes end here
         if self.warmup >= planned_steps(self):
             raise ValueError(f"warmup is {self.warmup}; permitted: less than the run's "
                              f"{planned_steps(self)} steps")
 
     def default(self, f):
-        """A field's default for this task."""
+        """The default of a field for this task."""
         own = TEXT_DEFAULTS if self.task == "text" else MAD_DEFAULTS
         return own.get(f.name, f.default)
 
@@ -181,7 +189,7 @@ class TrainConfig(Common):
 
     @property
     def setting(self):
-        """The task's baseline with what the options change; None for text."""
+        """The task's baseline setting, changed by the options; None for text."""
         if self.task == "text":
             return None
         changes = {k: getattr(self, k) for k in SETTING_OPTIONS if getattr(self, k) is not None}
@@ -304,12 +312,12 @@ def resumed(config):
 
 
 # =================================================================================================
-# What this machine is good for. Each choice comes with its reason, printed before training.
+# What this machine can do. Each choice comes with its reason, which is printed before training.
 # =================================================================================================
 
 
 def first_line(error):
-    """Of an error's message, which may be empty."""
+    """The first line of an error's message, which may be empty."""
     return str(error).partition("\n")[0][:150]
 
 
@@ -339,8 +347,8 @@ def has_compiler():
     return next((n for n in names if n and shutil.which(n)), None)
 
 
-# What compiling saves of a step, and its price, as measured for the hybrid on two CPU cores. (On a
-# card these are guesses.)
+# The share of a step that compiling saves, and what it costs, as measured for the hybrid on two CPU
+# cores. (On a GPU these are guesses.)
 SAVED_BY_COMPILING, COMPILE_SECONDS = 0.28, 35
 
 
@@ -379,17 +387,17 @@ class Ranks:
     """
     The processes that share a text run: those that torchrun started, or this one alone.
 
-    Each computes its rows of every batch, and one all_reduce takes the mean of all gradients. By
-    hand and not by DDP, which would wrap the model: so its compiled graph and the names in its
-    checkpoint don't depend on the number of processes. The price: no gradient is sent while others
-    are still computed.
+    Each computes its rows of every batch, and one all_reduce takes the mean of all gradients. This
+    is done by hand, not by DDP, which would wrap the model: so the compiled graph and the names in
+    the checkpoint don't depend on the number of processes. The price: no gradient is sent while
+    others are still being computed.
     """
 
     def __init__(self, task):
         self.rank, self.count = torchrun_place() if task == "text" else (0, 1)
 
     def connect(self, device):
-        """Waits for the others. CPU tensors go through gloo everywhere, the GPU's through nccl."""
+        """Waits for the others. CPU tensors travel by gloo, those on a GPU by nccl."""
         if self.count == 1:
             return
         if device == "mps":
@@ -432,21 +440,21 @@ class Ranks:
 
 
 # =================================================================================================
-# Data on the device, as one tensor each; text stays in its file
+# Data: a task's lies on the device as a few tensors, text stays in its file
 # =================================================================================================
 
 
 def filled(tokens, targets, rows):
     """
-    Rows added that are not scored: tests have batches of the training batch's shape, so that no
-    second graph is compiled for them.
+    A batch filled up with rows that are not scored: tests use the shape of the training batches, so
+    that no second graph is compiled for them.
     """
     fill = (0, 0, 0, rows - len(tokens))
     return F.pad(tokens, fill), F.pad(targets, fill, value=tasks.IGNORE)
 
 
 def sent(tensor, device):
-    """The tensor on the device; the copy to a GPU is from pinned memory, and doesn't wait."""
+    """The tensor on the device. To a GPU it is copied from pinned memory, without waiting."""
     return (tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else
             tensor.to(device))
 
@@ -462,8 +470,8 @@ class TaskData:
         self.train, self.targets, self.test, self.test_targets = (
             torch.from_numpy(a).to(device) for a in arrays)
         self.batch_size = min(batch_size, setting.num_train)
-        self.epoch_steps = setting.num_train // self.batch_size     # a last, partial batch is left
-        self.epoch = None                                           # out; every epoch another one
+        # A last, partial batch is left out; every epoch it is of other sequences.
+        self.epoch_steps, self.epoch = setting.num_train // self.batch_size, None
         self.test_every = max(1, self.epoch_steps // 2)
         self.length, self.vocab_size = setting.length, setting.vocab_size
         self.facts = dict(chance=tasks.chance(setting), ceiling=tasks.ceiling(setting),
@@ -477,7 +485,8 @@ class TaskData:
         """(tokens, targets) of a step, (B, T) each: a function of seed and step alone."""
         epoch, i = divmod(step, self.epoch_steps)
         if epoch != self.epoch:
-            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)    # a prime
+            # (A prime, so that epochs of neighbouring seeds do not share an order.)
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = sent(torch.randperm(len(self.train), generator=draw), self.device)
             self.epoch = epoch
         rows = self.order[i * self.batch_size:(i + 1) * self.batch_size]
@@ -492,7 +501,7 @@ class TaskData:
             yield filled(self.test[i:i + B], self.test_targets[i:i + B], B)
 
 
-# Windows of text that a test reads while training, and the last one; the corpus may have fewer.
+# Windows of text that a test reads during training, and at its end; a corpus may have fewer.
 TEST_WINDOWS, LAST_WINDOWS = 480, 3840
 
 
@@ -566,7 +575,7 @@ class TextData:
 
 
 def sha256_of(tokens):
-    """Of the token ids as they are stored; of a text file read as bytes, what sha256sum prints."""
+    """Of the token ids as stored. For a text file read as bytes it is what sha256sum prints."""
     sha = hashlib.sha256()
     with tqdm(total=tokens.nbytes, unit="B", unit_scale=True, desc="SHA-256", delay=2) as bar:
         for piece in tasks.pieces(tokens):
@@ -605,8 +614,8 @@ MACRO_BATCH = 128       # sequences; the published macro accuracies are means ov
 
 def evaluate(score, data):
     """
-    Test loss, token accuracy and macro accuracy of a task. (Gradients stay on, though none is
-    taken: without them another graph would be compiled.)
+    Test loss, token accuracy and macro accuracy of a task. (Not under no_grad, although no gradient
+    is taken: that would compile a second graph.)
     """
     loss, said, targets = 0.0, [], []
     for tokens, wanted in data.test_batches():
@@ -624,7 +633,7 @@ def evaluate(score, data):
 
 
 def evaluate_text(score, data, most):
-    """Validation loss a token, the same in bits a byte of text, and accuracy, of all processes."""
+    """Validation loss per token, the same in bits per byte, and accuracy, over all ranks."""
     wide = torch.float32 if data.device == "mps" else torch.float64        # MPS has no float64
     loss = right = count = torch.zeros((), device=data.device, dtype=wide)
     for tokens, targets in data.test_batches(most):
@@ -665,7 +674,7 @@ def make_optimizer(model, config):
 
 @contextlib.contextmanager
 def disk_errors(path):
-    """Says which file can't be written: a full disk's OSError has no name."""
+    """Adds to an OSError which file can't be written: that of a full disk doesn't say."""
     try:
         yield
     except OSError as error:
@@ -749,11 +758,12 @@ def meaning(source):
     return ast.dump(tree)
 
 
-@functools.cache                              # the code that this process runs, edited or not
+@functools.cache          # of the code that this process runs, even if the file is edited meanwhile
 def code_version():
     """
-    A hash of what the four files say that determine a result; a comment is free to change. (Another
-    version of Python may write the same syntax tree otherwise: then it counts as other code.)
+    A hash of the code that determines a result, that of four files; comments are free to change.
+    (Another version of Python may print the same syntax tree in another way: then it counts as
+    other code.)
     """
     sources = [Path(__file__).with_name(n) for n in ("tasks.py", "layers.py", "model.py",
                                                      "train.py")]
@@ -773,39 +783,41 @@ def git_hash():
 def find_folder(config):
     """
     The run's folder: a new one, or one that holds the same run (same options, same code). A folder
-    of another run is left alone: with a default name the run takes one whose name ends in its key,
-    with --name it stops. Returns (folder, note or None), makes nothing. ValueError shows the
-    difference.
+    with another run is left alone: a run with a default name then adds its key to the name, one
+    with --name stops, with a ValueError that shows the difference. Returns (folder, note or None)
+    and creates nothing.
     """
     if config.resume is not None:
         return Path(config.resume), check_resumed(config)
     base = folder = Path(config.out) / config.run_name
-    differ = difference(folder, config)
+    differ = other_run(folder, config)
     if differ and config.name is None:
         folder = base.with_name(f"{base.name}-{run_key(config)[:8]}")
-        differ = difference(folder, config)
+        differ = other_run(folder, config)
     if differ:
         raise ValueError(f"{folder} holds another run ({differ}); choose another --name")
     return folder, (f"{base} holds another run, or one of other code: this one goes into {folder}"
                     if folder != base else None)
 
 
-def difference(folder, config):
+def differences(found, wanted):
+    return {k: f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in {**wanted, **found}
+            if k != "command" and found.get(k) != wanted.get(k)}
+
+
+def other_run(folder, config):
     """What the run in a folder has other than this one, as a line; "" if nothing, or no run."""
-    wanted = identity(config)
     try:
         found = read_object(folder / "config.json")
     except FileNotFoundError:
         return ""
-    return "; ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in {**wanted, **found}
-                     if k != "command" and found.get(k) != wanted.get(k))
+    return "; ".join(differences(found, identity(config)).values())
 
 
 def check_resumed(config):
     """ValueError unless config.resume holds this run. Returns a note if other code began it."""
     found, wanted = read_object(Path(config.resume) / "config.json"), identity(config)
-    differ = {k: f"{k} {found[k]!r} -> {v!r}" for k, v in wanted.items()
-              if k in found and found[k] != v}
+    differ = differences({**wanted, **found}, wanted)     # what older code didn't have is no matter
     code = differ.pop("code", None)
     if differ:
         raise ValueError(f"{config.resume} holds another run ({'; '.join(differ.values())})")
@@ -813,7 +825,7 @@ def check_resumed(config):
 
 
 def identity(config):
-    """What determines a run's result, as JSON; where it is written does not."""
+    """All that determines a run's result, for JSON: not where it is written."""
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                if not f.metadata.get("how") and f.name not in ("out", "name")}
     return {**options, "pattern": config.pattern, "code": code_version(),
@@ -821,7 +833,7 @@ def identity(config):
 
 
 def run_key(run):
-    """A hash of all that determines a run's result: its options, setting, seed and the code."""
+    """A hash of a run's identity: its options, setting, seed and the code."""
     return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -859,9 +871,9 @@ def hold(file):
 @contextlib.contextmanager
 def claim(folder):
     """
-    One process at a time works in a folder, even of several machines that share it: it holds
-    `folder/lock`. InUse if another one does. Folders made for this are removed again if nothing was
-    put there.
+    One process at a time works in a folder, also where several machines share it: it holds
+    `folder/lock`. Raises InUse if another one does. Folders made for this are removed again if they
+    stay empty.
     """
     path, made = folder / "lock", [f for f in (folder, *folder.parents) if not f.exists()]
     try:
@@ -886,15 +898,38 @@ def claim(folder):
 
 
 # =================================================================================================
-# --detect
+# Signals, and --detect
 # =================================================================================================
+
+
+@contextlib.contextmanager
+def on_signals(stop):
+    """stop(number, frame) at Ctrl-C and SIGTERM, where Python lets one: in the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+class Interrupted(KeyboardInterrupt):
+    """
+    A signal ended the run after it was saved; args: a line that says how to go on (None where
+    another process says it), number.
+    """
+
+
+def interrupt(number, _):
+    """At a signal, but while a run trains: that saves first, and raises the same."""
+    raise Interrupted(None, number)
 
 
 class Watch:
     """
-    Hooks on a model that name in `found` the first number that is inf or nan: in the output of the
-    innermost module as it is computed, then in the gradients on their way back. Each waits for the
-    device.
+    Hooks on a model that note in `found` where the first inf or nan appeared: in the output of a
+    module, the innermost first, or in a gradient on its way back. Each one waits for the device.
     """
 
     def __init__(self, model):
@@ -933,27 +968,27 @@ class Watch:
 # A run
 # =================================================================================================
 
-# Steps between log lines; seconds between checkpoints. A kill loses at most these seconds,
-# LOG_EVERY steps and a test.
+# Steps between log lines; seconds between checkpoints. A kill loses at most these seconds and the
+# time of LOG_EVERY steps and a test.
 LOG_EVERY, SAVE_SECONDS = 10, 30
 
 
 class Shared:
-    """What the runs of a grid share in a process: one model and one compilation for each shape."""
+    """What the runs of a grid share in a process: one model and one compilation per shape."""
 
     def __init__(self):
-        self.steps = 0                        # that runs of the shape have before them, about
+        self.steps = 0                        # roughly what all runs of the shape still have to do
         self.shape = self.model = None
         self.graphs = {}                      # {dtype: (Run.score, whether it is compiled)}
 
     def model_for(self, shape, fresh):
-        """A model with fresh's parameters: the last run's, so that its compiled graph serves."""
+        """A model with fresh's parameters: the last run's, so that its graph can be used again."""
         if shape == self.shape:
             self.model.load_state_dict(fresh.state_dict())
             self.model.zero_grad()            # a run that failed may have left gradients
         else:
             if any(compiled for _, compiled in self.graphs.values()):
-                torch.compiler.reset()        # it keeps few graphs of one function: make room
+                torch.compiler.reset()        # it keeps only a few graphs per function: make room
             self.shape, self.model, self.graphs = shape, fresh, {}
         return self.model
 
@@ -981,7 +1016,7 @@ class Run:
         found = self.load()
         self.ranks.check_same("the checkpoint", self.step)       # (all have read it when this ends)
         if not found:
-            self.save()                       # shows that it can, and is what a fault goes back to
+            self.save()                       # shows that it can; a fault is searched from here on
         self.choose_graph()
 
     def choose_machine(self):
@@ -990,8 +1025,8 @@ class Run:
         if self.device == "cpu":
             self.say(f"memory   the allocator {tune_allocator()}")
             torch.set_flush_denormal(True)        # numbers below 1e-38 cost 100 times the time
-            # Else the threads of a compiled graph sum the embedding's gradient in any order. (What
-            # is allocated need not be filled for that, which is a mode of its own and slow.)
+            # Otherwise a compiled graph's threads sum the embedding's gradient in any order. (This
+            # mode would also fill all newly allocated memory, which is slow and not needed.)
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         self.dtype, reason = (fastest_dtype(self.device) if self.config.dtype == "auto" else
@@ -1018,14 +1053,14 @@ class Run:
                       self.model.backbone, self.device)
         if self.shared:
             self.model = self.shared.model_for(self.shape, self.model)
-        self.random = torch.get_rng_state()           # training draws nothing; a new layer might
+        self.random = torch.get_rng_state()   # training draws no numbers, but a new layer might
         self.optimizer, (yes, no) = make_optimizer(self.model, config)
         self.say(f"decay    {config.weight_decay} on {yes:,} parameters ({config.decay}), "
                  f"0 on {no:,}" + " (norms, biases, filters, decay rates)" * (no > 0))
 
     def choose_graph(self):
         """self.score: `scored`, compiled if that pays within the run, or runs of this shape."""
-        # It holds nothing else of this run: others of its shape may use it.
+        # It depends on nothing else of this run, so other runs of its shape can use it.
         self.plain = plain = functools.partial(scored, self.model, self.dtype)
         if self.shared and self.dtype in self.shared.graphs:
             self.score, self.compiled = self.shared.graphs[self.dtype]
@@ -1036,7 +1071,7 @@ class Run:
                 plain(*part)[0].backward()
             self.optimizer.zero_grad()
         left = self.shared.steps if self.shared else self.steps - self.step
-        wanted = "off" if self.config.detect else self.config.compile    # no layers in a graph
+        wanted = "off" if self.config.detect else self.config.compile    # graphs run no hooks
         if wanted == "auto" and self.compiled is not None:
             reason = "as before this run was stopped"
         else:
@@ -1049,7 +1084,7 @@ class Run:
             self.score = torch.compile(plain, dynamic=False, mode=mode)
             try:
                 self.score(*next(iter(self.data.parts(self.step))))
-            except Exception as error:            # whatever the compiler or its compiler throw
+            except Exception as error:            # whatever torch.compile, or g++ below it, throws
                 reason = f"failed here ({type(error).__name__}: {first_line(error)})"
                 if wanted != "auto":
                     raise ValueError(f"compile is {wanted!r}, but compiling {reason}; "
@@ -1068,7 +1103,8 @@ class Run:
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         parameters = sum(p.numel() for p in self.model.parameters())
         have = sum(p.stat().st_size for p in self.folder.glob("*.pt"))
-        # Of each 4 bytes in best.pt; in three checkpoints (one half-written) AdamW's two, as well.
+        # 4 bytes each: once in best.pt, and with AdamW's two moments in three checkpoints, one of
+        # them half written.
         needed, free = 4 * (3 * 3 + 1) * parameters - have, shutil.disk_usage(there).free
         if free < needed:
             raise OSError(f"{there} has {free / 1e6:,.1f} MB free, and this run's checkpoints need "
@@ -1077,13 +1113,13 @@ class Run:
             raise OSError(f"{there} is not writable: choose another --out")
 
     def check_parameters(self):
-        """Before they are saved: none is inf or nan, or so large that its square would be."""
+        """Checked before they are saved: none is inf or nan, or so large that its square is."""
         parameters = [p.detach() for p in self.model.parameters()]
         if not math.isfinite(torch.nn.utils.get_total_norm(parameters)):
             raise self.fault("the norm of the parameters is not finite", self.step)
 
     def wall_s(self):
-        """Seconds of this process and of those that the run was stopped in."""
+        """Seconds of this process and of the earlier ones that worked on this run."""
         return round(self.earlier + time.perf_counter() - self.started, 2)
 
     def save(self):
@@ -1091,7 +1127,7 @@ class Run:
         if self.ranks.rank > 0:
             return
         with disk_errors(self.log_path), open(self.log_path, "ab") as log:
-            os.fsync(log.fileno())            # else a power cut may leave it shorter than log_bytes
+            os.fsync(log.fileno())            # or a power cut could leave it shorter than log_bytes
         content = dict({key: getattr(self, key) for key in self.STATE},
                        dtype=str(self.dtype)[6:], wall_s=self.wall_s(),
                        data_sha256=self.data.sha256, random=torch.get_rng_state(),
@@ -1114,7 +1150,7 @@ class Run:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.random, self.earlier = content["random"].cpu(), content["wall_s"]
-            self.dtype = getattr(torch, content["dtype"])     # measured anew it might be another
+            self.dtype = getattr(torch, content["dtype"])     # a new measurement might differ
             for key in self.STATE:
                 setattr(self, key, content[key])
             if content["data_sha256"] != self.data.sha256:
@@ -1128,8 +1164,8 @@ class Run:
 
     def load(self):
         """
-        Go on from the folder's checkpoint, if there is one; log lines after it are dropped. If it
-        is damaged, from the one before it, after saying so. Returns whether there was one.
+        Go on from the folder's checkpoint, if there is one, and drop the log lines after it. If it
+        is damaged, say so and go on from the one before it. Returns whether there was one.
         """
         first = self.folder / "ckpt.pt"
         faults = []
@@ -1154,7 +1190,7 @@ class Run:
         return False
 
     def clean(self, log_bytes, damaged):
-        """What a kill or a fault has left: half-written files, lines after the checkpoint."""
+        """Remove what a kill or a fault left: half-written files, lines after the checkpoint."""
         for half in self.folder.glob(".*.pt.*"):
             half.unlink()
         if damaged:                           # out of the way of the next one, not deleted
@@ -1191,8 +1227,8 @@ class Run:
 
     def some_steps(self, bar):
         """
-        Steps up to the next log line or test, then one look at the loss and for signals of other
-        processes. Alone, a signal ends them after the step under way.
+        Steps up to the next log line or test; then the loss is looked at, and whether any process
+        got a signal. (A process on its own stops after the step in which it got one.)
         """
         start, tokens, seen = time.perf_counter(), 0, []
         next_one = lambda every: (self.step // every + 1) * every
@@ -1219,7 +1255,10 @@ class Run:
         self.shown |= dict(loss=f"{loss:.4f}", lr=f"{rate:.1e}", tokens_s=f"{tokens / took:,.0f}")
 
     def check_steps(self, numbers):
-        """numbers: (loss, gradient's norm) of the last steps, all finite or skipped. The last."""
+        """
+        numbers: (loss, gradient's norm) of the last steps. Returns those of the last one; a pair
+        that is not finite is a fault, or counted as skipped.
+        """
         for step, pair in enumerate(numbers, self.step - len(numbers) + 1):
             if all(map(math.isfinite, pair)):
                 continue
@@ -1230,7 +1269,7 @@ class Run:
         return numbers[-1]
 
     def test(self):
-        """`best` may be of an earlier test, which reads fewer windows of text than the last one."""
+        """(Of text, the last test reads more windows; `best` may be of one that read fewer.)"""
         if self.config.task == "text":
             windows = LAST_WINDOWS if self.step == self.steps else TEST_WINDOWS
             self.metrics = m = evaluate_text(self.score, self.data, windows)
@@ -1249,6 +1288,15 @@ class Run:
             self.ended = (f"stopped early at {100 * self.config.early_stop:g}% test accuracy, as "
                           f"the protocol allows")
 
+    def asked(self, number, _):
+        """
+        The first Ctrl-C or SIGTERM ends the run after the step under way (of several processes: at
+        their next log line or test); the second at once.
+        """
+        if self.asked_to_stop:
+            raise KeyboardInterrupt
+        self.asked_to_stop = number           # becomes self.signal when all processes know of it
+
     def go(self):
         """Train to the end, an early stop or a signal. Returns True unless it was a signal."""
         saved = time.perf_counter()
@@ -1256,7 +1304,7 @@ class Run:
         self.watch = Watch(self.model) if self.config.detect else None
         with tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
                   desc=self.config.label, disable=self.silent) as bar, \
-                catching_signals(self):
+                on_signals(self.asked):
             while self.ended is None and self.signal is None:
                 self.some_steps(bar)
                 if self.step % self.eval_every == 0 or self.step == self.steps:
@@ -1270,7 +1318,7 @@ class Run:
         return self.ended is not None
 
     def step_flops(self):
-        """Of an optimizer step: forward, and twice that backward."""
+        """FLOPs of an optimizer step: forward, and twice that for backward."""
         return 3 * self.data.batch_size * total(ledger(self.model, self.data.length)).flops
 
     # -- numbers that go wrong -------------------------------------------------------------------
@@ -1285,7 +1333,7 @@ class Run:
             f"before that; try a lower --lr, --clip 1, --dtype float32 or --nonfinite skip")
 
     def find_fault(self, step):
-        """The steps since the checkpoint and the next one once more, watched."""
+        """Repeats the steps since the checkpoint and the next one, watching every layer."""
         paths = [self.folder / name for name in ("ckpt.pt", "ckpt.previous.pt")]
         there = [path for path in paths if path.exists()]
         if not there:
@@ -1321,41 +1369,11 @@ class Run:
                           numpy=np.__version__))
 
 
-@contextlib.contextmanager
-def on_signals(stop):
-    """stop(number, frame) at Ctrl-C and SIGTERM, where Python lets one: in the main thread."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-
-
-def catching_signals(run):
-    """
-    The first Ctrl-C or SIGTERM ends the run after the step under way (of several processes: at
-    their next log line or test); the second at once.
-    """
-    def stop(number, _):
-        if run.asked_to_stop:
-            raise KeyboardInterrupt
-        run.asked_to_stop = number            # becomes run.signal when all processes know of it
-    return on_signals(stop)
-
-
-class Interrupted(KeyboardInterrupt):
-    """
-    A signal ended the run after it was saved; args: a line that says how to go on (None where
-    another process says it), number.
-    """
-
-
 def train(config, say=print, shared=None):
     """
-    One run, from its folder's state to its end; say=None: without a word or a progress bar. Returns
-    the contents of its result.json. InUse (a ValueError) if another process is at it.
+    One run, from where its folder stands to its end; with say=None silently and without a progress
+    bar. Returns the contents of its result.json. Raises InUse, a ValueError, if another process
+    works on it.
     """
     folder, note = find_folder(config)
     done, first = folder / "result.json", Ranks(config.task).rank == 0
@@ -1379,7 +1397,7 @@ def train(config, say=print, shared=None):
         result = run.result()
         write_json(done, result)
         (folder / "ckpt.previous.pt").unlink(missing_ok=True)     # the last and the best stay
-    if run.asked_to_stop and say is None:     # in its last step: a grid or sweep must not go on
+    if run.asked_to_stop and say is None:     # in its last step: the grid or sweep must end, too
         raise Interrupted(f"stopped when {folder} had ended", run.asked_to_stop)
     return result | dict(folder=str(folder))
 
@@ -1391,8 +1409,10 @@ def speed_of(r):
 
 
 def summary(config, r):
-    """What a run came to, and what to try next."""
-    like_this = lambda **change: command_of(dataclasses.replace(config, resume=None, **change))
+    """What came out of a run, and what to try next."""
+    config = dataclasses.replace(config, resume=None)
+    out = f" --out {shlex.quote(config.out)}" * (config.out != TrainConfig.out)
+    like_this = lambda **change: command_of(dataclasses.replace(config, **change)) + out
     of_folder = lambda *words: shlex.join(["python", "train.py", *words])
     other = like_this(arch="hybrid" if config.arch == "transformer" else "transformer", layers=None)
     if config.task == "text":
@@ -1420,18 +1440,18 @@ def summary(config, r):
 # =================================================================================================
 #
 # A setting's score is the best of its runs, a task's the mean over its settings, the MAD score the
-# mean over tasks; once of token accuracy and once of macro accuracy, which is what was published.
+# mean over tasks: once for token accuracy and once for macro accuracy, which is what was published.
 # Each run is an ordinary run, in a folder named by a hash of all that determines it. These folders
-# are all that processes share: a run with a result is done, a run with a lock is somebody's.
+# are all that the processes share: a run with a result is done, one whose lock is held is taken.
 
 
 @dataclass(frozen=True)
 class Preset:
-    """All numbers that define a way to score an architecture."""
+    """All the numbers that define one way to score an architecture."""
     settings: tuple              # (Setting, steps of its runs or None: epochs), ...
     epochs: int | None
     batch_size: int
-    lrs: tuple                   # the grid: each with each
+    lrs: tuple                   # the grid: every rate with every decay
     weight_decays: tuple
     eval_every: int              # steps between tests
 
@@ -1459,8 +1479,8 @@ class MadConfig(Common):
     """
     The MAD score of an architecture: every task of a preset, a grid of runs each.
 
-    Runs that are finished are reused, others go on, so that the same command resumes. Rates,
-    decays, steps and batch size are the preset's.
+    Finished runs are reused and interrupted ones go on, so that the same command resumes. Learning
+    rates, decays, steps and batch size are the preset's.
     """
     task: str = choice("mad", text="this protocol")
     preset: str = option("quick", f"numbers of the protocol (one of {', '.join(PRESETS)})")
@@ -1480,7 +1500,7 @@ class MadConfig(Common):
         for task in self.task_list:
             if task not in there:
                 raise tasks.unknown("tasks", task, there)
-        grid_of(self)                                        # an impossible run is an error here
+        grid_of(self)                                        # so that mistakes end here
 
     @property
     def task_list(self):
@@ -1489,7 +1509,7 @@ class MadConfig(Common):
 
     @property
     def changed(self):
-        """{option: value} of those that change scores by more than rounding, unless defaults."""
+        """{option: value} of what differs from its default and changes scores beyond rounding."""
         names = {*PASSED_ON, "select", "no_skip"} - {"arch", "layers", "seed", "out", "device",
                                                      "compile"}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
@@ -1500,7 +1520,7 @@ PASSED_ON = tuple(f.name for f in dataclasses.fields(Common) if f.name != "task"
 
 
 def runs_of(config, setting, steps):
-    """A setting's runs as TrainConfigs, the largest learning rate, which learns soonest, first."""
+    """A setting's runs as TrainConfigs, the largest learning rate first: it learns soonest."""
     preset, base = PRESETS[config.preset], tasks.BASELINES[setting.task]
     options = {name: getattr(config, name) for name in PASSED_ON}
     options |= {k: getattr(setting, k) for k in SETTING_OPTIONS
@@ -1515,7 +1535,7 @@ def runs_of(config, setting, steps):
 
 
 def grid_of(config):
-    """{setting: [TrainConfig]}; settings of one shape, which one compilation serves, together."""
+    """{setting: [TrainConfig]}, settings of one shape together: one compilation serves them."""
     preset = PRESETS[config.preset]
     chosen = {s: steps for s, steps in preset.settings if s.task in config.task_list}
     if config.settings == "baseline":
@@ -1533,9 +1553,9 @@ def folder_of(run):
 
 class Grid:
     """
-    A protocol's runs and what has become of them, as their folders tell.
+    The runs of a protocol and what has become of each, as their folders tell.
 
-    Every process that has the same command makes the same Grid and works on it.
+    Every process started with the same command makes the same Grid, and works on it.
     """
 
     def __init__(self, config):
@@ -1557,13 +1577,13 @@ class Grid:
                     self.results[run.name] = read_object(folder_of(run) / "result.json")
 
     def solved(self, setting):
-        """Whether a run of it has ended by early_stop: others could add at most 0.001."""
+        """Whether one of its runs has ended by early_stop: others could add at most 0.001."""
         return not self.config.no_skip and any(
             self.results[run.name]["test_accuracy"] >= self.config.early_stop
             for run in self.runs[setting] if run.name in self.results)
 
     def failed(self, run):
-        """Whether it failed since this command was started; what failed before is tried again."""
+        """Whether it failed since this command started; what failed earlier is tried again."""
         try:
             return (folder_of(run) / "error.txt").stat().st_mtime >= self.started
         except FileNotFoundError:
@@ -1578,7 +1598,7 @@ class Grid:
         return [run for run in self.all_runs() if self.is_open(run)]
 
     def attempt(self, run):
-        """One run to its end, which may be an error. False if another process is at it."""
+        """One run to its end, or to an error. Returns False if another process works on it."""
         error = folder_of(run) / "error.txt"
         try:
             train(run, None, self.shared)
@@ -1593,8 +1613,8 @@ class Grid:
 
     def work(self, worker, workers, show=lambda note="": None):
         """
-        Runs, until none is open. Each worker starts at another setting: then they compile different
-        shapes, and a setting's later runs can be skipped for its first.
+        Runs until none is open. Each worker starts at a setting of its own: so they compile
+        different shapes, and a setting's first run can spare the later ones.
         """
         settings = list(self.runs)
         first = len(settings) * worker // workers
@@ -1608,7 +1628,7 @@ class Grid:
                     idle = not self.attempt(run) and idle
                     show()
             if idle and (left := self.open_runs()):
-                show(f"waiting for {len(left)} that others are at: {folder_of(left[0])}/lock")
+                show(f"waiting for {len(left)} that others work on: {folder_of(left[0])}/lock")
                 time.sleep(1)
         show()
 
@@ -1634,7 +1654,7 @@ class Grid:
         return record | (dict(skipped=True) if self.solved(self.setting[run.name]) else {})
 
     def setting_record(self, setting, runs):
-        """A setting's score: of each kind of accuracy the best of its runs; None without any."""
+        """A setting's score: the best of its runs in each kind of accuracy, or None."""
         records = [self.run_record(run) for run in runs]
         ended = [r for r in records if "token" in r]
         best = max(ended, key=lambda r: (r["token"], r["macro"]), default=None)
@@ -1655,7 +1675,7 @@ class Grid:
         return dict(mean=mean("token"), macro_mean=mean("macro"), tasks=by_task, settings=settings)
 
     def counts(self):
-        """What became of the runs, and which results in their folder belong to no run of it."""
+        """What became of the runs, and how many results in their folder are of no run of it."""
         records = [r for s, runs in self.runs.items() for r in map(self.run_record, runs)]
         count = lambda key: sum(key in r for r in records)
         strangers = [p for p in Path(self.all_runs()[0].out).glob("*/result.json")
@@ -1699,7 +1719,7 @@ def record_path(config):
 
 
 def why_not_recorded(grid, record):
-    """None, or why a score is not one of its preset."""
+    """Why a score does not count as one of its preset, or None if it does."""
     failed = [r for s in record["settings"] for r in s["runs"] if "failed" in r]
     if record["counts"]["open"]:
         return f"{record['counts']['open']} runs are not finished; the same command goes on"
@@ -1713,15 +1733,8 @@ def why_not_recorded(grid, record):
 # -- processes -----------------------------------------------------------------------------------
 
 
-def raising_on_signals():
-    """Interrupted at Ctrl-C and SIGTERM, but while a run trains, which then saves and raises it."""
-    def stop(number, _):
-        raise Interrupted(None, number)
-    return on_signals(stop)
-
-
 def work_for_parent(grid, worker, workers, threads):
-    """A worker process. Ctrl-C reaches it through its parent, once; it stops if the parent dies."""
+    """A worker process. Its parent hands Ctrl-C on to it, once; if the parent dies, it stops."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -1732,7 +1745,7 @@ def work_for_parent(grid, worker, workers, threads):
     torch.set_num_threads(threads)
     choose_gpu(worker)
     try:
-        with raising_on_signals():
+        with on_signals(interrupt):
             grid.work(worker, workers)
     except Interrupted as stop:
         sys.exit(128 + stop.args[1])
@@ -1744,7 +1757,7 @@ def choose_gpu(worker):
 
 
 def work_in_processes(grid, count, show):
-    """Starts workers and waits for them. Returns those that ended badly, as a line, or None."""
+    """Starts workers and waits for them. Returns a line on those that ended badly, or None."""
     threads = max(1, torch.get_num_threads() // count)
     context = multiprocessing.get_context("spawn")           # a fork can't use CUDA
     workers = [context.Process(target=work_for_parent, args=(grid, i, count, threads))
@@ -1767,12 +1780,12 @@ def work_in_processes(grid, count, show):
 
 
 def work_on(grid, rank, ranks):
-    """All runs: here, in other processes, or shared with torchrun's. A line if workers died."""
+    """All runs: in this process, in workers, or shared by torchrun's. A line if workers died."""
     config, runs = grid.config, grid.all_runs()
     done = lambda: len(runs) - len(grid.open_runs())
     with tqdm(total=len(runs), initial=done(), unit="run", dynamic_ncols=True, smoothing=0,
               desc=f"{config.label}, {config.preset}", disable=rank > 0) as bar, \
-            raising_on_signals():
+            on_signals(interrupt):
         def show(note=""):
             bar.set_postfix_str(note, refresh=False)
             bar.update(done() - bar.n)
@@ -1792,8 +1805,8 @@ def mad_score(arch, preset="quick", config=None, say=print):
     """
     The MAD score of an architecture (a name of ARCHS or a pattern) by a preset of PRESETS.
 
-    config: MadConfig with what else there is to choose. Returns what is recorded in `results`, by
-    record_of, with "file": where, or None and "why_not". Interrupted by a signal, with all saved.
+    config: a MadConfig with the other choices. Returns what is recorded in `results` (record_of),
+    and "file", where, or None and "why_not". Raises Interrupted at a signal, with everything saved.
     """
     which = dict(arch=arch, layers=None) if arch in ARCHS else dict(layers=arch)
     config = dataclasses.replace(config or MadConfig(), preset=preset, **which)
@@ -1801,7 +1814,7 @@ def mad_score(arch, preset="quick", config=None, say=print):
     if ranks > 1 and config.workers > 1:
         raise ValueError(f"workers is {config.workers}, but torchrun has started {ranks} processes "
                          f"already; leave one of them out")
-    choose_device(config.device)                             # mistakes end here, before any run
+    choose_device(config.device)                             # a mistake must end before any run
     grid, size = Grid(config), size_of(config)
     ended = work_on(grid, rank, ranks)
     record = record_of(grid, size)
@@ -1821,7 +1834,7 @@ def percent(value):
 
 
 def mad_summary(grid, record, ended):
-    """What the runs came to."""
+    """What came out of the runs, as text."""
     c, rows = record["counts"], list(record["tasks"].items())
     lines = ["", f"{'accuracy, %':<26}{'token':>9}{'chance':>9}{'macro':>9}"]
     lines += [f"{task:<26}" + "".join(percent(v[k]) for k in ("token", "chance", "macro"))
@@ -1849,7 +1862,7 @@ def mad_summary(grid, record, ended):
 
 
 def benchmark_runs(config, device):
-    """(title, TrainConfig): MAD's baseline everywhere; on a card language models, too."""
+    """(title, TrainConfig): MAD's baseline everywhere, and on a GPU language models, too."""
     change = lambda **k: dataclasses.replace(config, steps=1000, **{"layers": None, **k})
     for arch in ("transformer", "hybrid", "mamba"):
         yield arch, change(arch=arch)
@@ -1864,7 +1877,7 @@ def benchmark_runs(config, device):
 
 
 def benchmark(config, steps=20):
-    """A line a model: the time of a whole optimizer step, and what it makes of this machine."""
+    """A line a model: the time of a whole optimizer step, and how far it uses this machine."""
     device, reason = choose_device(config.device)
     if device == "cpu":
         tune_allocator()
@@ -1893,7 +1906,7 @@ def benchmark(config, steps=20):
 
 @torch.no_grad()
 def benchmark_generation(device, steps=32):
-    """A line a model: tokens a second of one sequence, and its state, after T tokens."""
+    """A line a model and T: tokens a second of one sequence, and its state, after T tokens."""
     print(f"\n{'generation, D 128':<28}{'T':>7}{'tokens/s':>10}{'state, kB':>11}")
     modal = ARCHS["hybrid"].replace("mh-hyena", "mh-hyena(filter=modal)")
     for arch, pattern in (*((a, ARCHS[a]) for a in ("transformer", "hybrid", "mamba")),
@@ -1936,7 +1949,7 @@ class SampleConfig(Options):
 
 
 def load_run(folder, device):
-    """A run's options (config.json) and its model, from its checkpoint. ValueError if not."""
+    """The options (config.json) and the model of a run. ValueError where it has none."""
     folder = Path(folder)
     try:
         saved = read_object(folder / "config.json")
@@ -1982,8 +1995,8 @@ def token_bytes(tokenizer):
 @torch.no_grad()
 def sample(config, show=lambda text: print(text, end="", flush=True)):
     """
-    Shows prompt and continuation as they come, bytes that are no UTF-8 as the replacement sign.
-    Returns the new tokens' ids, and a line about speed and state.
+    Shows the prompt and its continuation as they come; bytes that are not UTF-8 become the
+    replacement character. Returns the new tokens' ids, and a line about speed and state.
     """
     device, _ = choose_device(config.device)
     saved, model = load_run(config.sample, device)
@@ -2037,7 +2050,7 @@ class ShowConfig(Options):
 
 @torch.no_grad()
 def show(config):
-    """Prints the sequence and a picture a layer; see layers.mixing."""
+    """Prints the sequence and a picture of each layer (layers.mixing)."""
     saved, model = load_run(config.show, "cpu")
     tokens = (tasks.load_tokens(saved["data"], saved["tokenizer"]) if saved["task"] == "text" else
               tasks.generate(tasks.Setting(**saved["setting"]), 1, saved["seed"], "test")[0][0])
@@ -2056,7 +2069,7 @@ def show(config):
 
 
 def run_and_report(argv):
-    """What the arguments ask for. Returns 1 if some of many runs failed."""
+    """Does what the arguments ask for. Returns the exit code, 1 if some of many runs failed."""
     asked = {a.partition("=")[0] for a in argv}
     if "--sample" in asked:
         print("\n" + sample(parse_args(argv, SampleConfig))[1])
