@@ -62,7 +62,7 @@ def defined_by(reference):
 
     def pair(fast):
         @functools.wraps(fast)
-        def either(*args, **named):         # what the loop doesn't know says how, not what: method
+        def either(*args, **named):         # an argument that the loop lacks says how, not what
             if PLAIN:
                 return reference(*args, **{k: v for k, v in named.items() if k in known})
             return fast(*args, **named)
@@ -74,7 +74,7 @@ def defined_by(reference):
 def at_least_float32(*tensors):
     """
     Entry to a float32 island: bf16 (from autocast) becomes float32, float64 stays. Elementwise
-    arithmetic stays there; autocast goes on to take the island's matrix products (@) in bf16.
+    arithmetic then stays in float32, while autocast still computes matrix products (@) in bf16.
     """
     out = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
     return out if len(out) > 1 else out[0]
@@ -93,8 +93,8 @@ def long_conv_reference(u, h):
 
 def fft_length(T):
     """
-    The smallest even n >= 2T - 1 of factors 2, 3 and 5: from there on a circular convolution does
-    not wrap, such n have fast FFTs, and of an even n half the spectrum says all.
+    The smallest even n >= 2T - 1 whose factors are 2, 3 and 5: from 2T - 1 on a circular
+    convolution does not wrap, such n have fast FFTs, and for even n, n/2 + 1 frequencies say all.
     """
     def smooth(n):
         for p in (2, 3, 5):
@@ -104,8 +104,8 @@ def fft_length(T):
     return next(n for n in range(max(2, 2 * T - 1), 8 * T) if n % 2 == 0 and smooth(n))
 
 
-# The arrays inside such an operation are larger than what goes in and out. On a CPU they needn't
-# leave its cache: a piece of the batch, or a stretch of time, is done with before the next begins.
+# The arrays inside such an operation are larger than its inputs and outputs. On a CPU they need not
+# leave the cache: one piece of the batch, or stretch of time, is finished before the next begins.
 CACHED = 1 << 19                      # numbers of one such array in a piece: 2 MB in float32
 
 
@@ -206,7 +206,7 @@ def short_conv_reference(x, w, time=2):
 
 @defined_by(short_conv_reference)
 def short_conv(x, w, time=2):
-    """The same as a sum of shifted products, on a CPU ahead of conv1d."""
+    """The same as a sum of shifted products, which on a CPU is faster than conv1d."""
     T, width = x.shape[time], w.shape[1]
     x = F.pad(x, (width - 1, 0) if time == 2 else (0, 0, width - 1, 0))
     taps = w.T[..., None] if time == 2 else w.T                               # (width, C, 1 or -)
@@ -241,8 +241,8 @@ def _scan_loop(a, b, reverse):
 
 def _scan_blocks(a, b):
     """
-    The same in 5 sqrt(T) kernels instead of T, for devices where a launch is dear: scan all chunks
-    side by side from zero, then hand each chunk the end of the one before, times its decay so far.
+    The same in 5 sqrt(T) kernels instead of T, for GPUs, where each launch costs microseconds: scan
+    all chunks side by side from zero, then add to each chunk the end of the one before it, decayed.
     """
     B, T, N = b.shape
     c = math.isqrt(T - 1) + 1
@@ -317,9 +317,9 @@ def selective_scan_reference(x, dt, A, B, C):
     return torch.stack(ys, 1)
 
 
-# a, b and h are N times as large as x and y. On a CPU they never leave its cache: a stretch of time
-# is computed whole before the next begins, and computed again in the backward pass from the state
-# that it began with (the idea of Mamba's kernel, section 3.3.2, one level of memory further up).
+# a, b and h are N times as large as x and y. On a CPU they never leave the cache: each stretch of
+# time is computed whole before the next one, and once more in the backward pass, from the state it
+# began with (the idea of Mamba's GPU kernel, section 3.3.2, for a CPU's cache).
 
 
 def _stretches(x, N):
@@ -362,7 +362,7 @@ def _selective_scan_backward(
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, ddt, dB, dC = (torch.empty(w.shape, dtype=w.dtype) for w in (x, dt, B, C))
     dA = torch.zeros_like(A)
-    later = torch.zeros_like(starts[0])                  # gradient that the next stretch hands on
+    later = torch.zeros_like(starts[0])                  # gradient from the stretch that follows
     for i, s in reversed(list(enumerate(_stretches(x, len(A))))):
         a, h = _states(x[:, s], dt[:, s], A, B[:, s], starts[i])
         dh = g[:, s, None] * C[:, s, :, None]                                 # (B, steps, N, C)
@@ -501,7 +501,7 @@ def gated_linear_scan(q, k, v, log_a=None, u=None, chunk=64):
 
 
 class Layer(nn.Module):
-    """The defaults: a layer without memory, whose matrix products are those of its nn.Linears."""
+    """Defaults for a layer without memory, whose matrix products are those of its nn.Linears."""
 
     def init_state(self, batch, device=None, dtype=None):
         return ()
@@ -511,7 +511,7 @@ class Layer(nn.Module):
         return self(x[:, None])[:, 0], state
 
     def matmul_flops(self, T):
-        """Of the plain loop's matrix products, one sequence: here those of every nn.Linear."""
+        """FLOPs of one sequence's matrix products in the plain loop: here, of every nn.Linear."""
         return sum(2 * T * m.in_features * m.out_features for m in self.modules()
                    if isinstance(m, nn.Linear))
 
@@ -531,7 +531,7 @@ class Layer(nn.Module):
 
 
 def count_state(state):
-    """Real numbers a sequence in a (nested) state: the tensors are counted, indices are not."""
+    """Real numbers per sequence in a (nested) state, counted from its tensors, indices left out."""
     if torch.is_tensor(state):
         return state[0].numel() * (1 + state.is_complex()) if state.dtype != torch.long else 0
     return sum(map(count_state, state))
@@ -603,8 +603,8 @@ class ShortConv(nn.Module):
 
 class Router(nn.Module):
     """
-    The top_k experts of a token, weighted by a softmax over those alone. mad-lab zeroes the others
-    *before* its softmax, where 0 is a vote like any other: all 8 experts stay on.
+    The top_k experts of a token, weighted by a softmax over their scores alone. mad-lab sets the
+    other scores to 0 *before* its softmax, where 0 is a score like any other: all 8 stay on.
     """
 
     def __init__(self, dim, experts, top_k):
@@ -652,8 +652,8 @@ def hide(mask, like):
 
 def row_blocks(T):
     """
-    Blocks [t, end) of a causal (T, T) matrix's rows, each to be computed up to column end: that
-    skips most of what is masked. An eighth of T each: fewer skip less, more are slower to start.
+    Blocks [t, end) of a causal (T, T) matrix's rows, each to be computed up to column end, which
+    skips most of what is masked. Eight blocks: fewer skip less, more cost more to start.
     """
     rows = max(64, -(-T // 8))
     return [(t, min(t + rows, T)) for t in range(0, T, rows)]
@@ -682,14 +682,14 @@ def causal_attention(q, k, v, window=None):
     if window is not None and window < T:
         return windowed_attention(q / width ** 0.5, k, v, window)
     if q.device.type != "cpu":
-        # Its fast forms want the channels of a head in a row; `rotate` leaves time so.
+        # Its fast forms want a head's channels contiguous in memory; after `rotate`, time is.
         return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v, is_causal=True)
     q, ys = q / width ** 0.5, []
     for t, end in row_blocks(T):
         seen = torch.ones(end - t, end, dtype=torch.bool, device=q.device).tril(t)
         scores = q[:, :, t:end] @ k[:, :, :end].mT + hide(seen, q)
         ys.append(v[:, :, :end].mT @ scores.softmax(-1).mT)                   # (B, H, K, rows)
-    return torch.cat(ys, 3).mT                          # wide products: p @ v would be K columns
+    return torch.cat(ys, 3).mT                # so its products are wide: p @ v has only K columns
 
 
 def rotary_table(position, width):
@@ -719,7 +719,7 @@ class Attention(Layer):
         check_heads(dim, heads, even=True)
         self.dim, self.heads, self.window = dim, heads, window
         self.qkv, self.out = linear(dim, 3 * dim), linear(dim, dim)
-        # A table, since a compiler would compute each cosine anew for every batch and head.
+        # A table, because torch.compile would compute each cosine anew for every batch and head.
         self.register_buffer("table", rotary_table(torch.arange(max_len), dim // heads), False)
 
     def project(self, x, table):
@@ -745,7 +745,7 @@ class Attention(Layer):
         q, k, v = self.project(x[:, None], rotary_table(t[None], self.dim // self.heads))
         if self.window is None:
             keys, values, empty = torch.cat((keys, k), 2), torch.cat((values, v), 2), 0.0
-        else:                                             # overwrite the oldest entry of the ring
+        else:                                             # overwrite the ring's oldest entry
             slot = (t % self.window)[None]
             keys, values = keys.index_copy(2, slot, k), values.index_copy(2, slot, v)
             empty = hide((torch.arange(self.window, device=x.device) <= t)[None], q)
@@ -753,7 +753,7 @@ class Attention(Layer):
         return self.out(merge_heads(p @ values))[:, 0], (keys, values, t + 1)
 
     def matmul_flops(self, T):
-        """Plus q . k and p v, over the pairs that are looked at: 4 D a pair."""
+        """Plus q . k and p v: 4 D for each pair (t, s) that is looked at."""
         W = min(self.window or T, T)
         return super().matmul_flops(T) + 4 * self.dim * (T * W - W * (W - 1) // 2)
 
@@ -1032,9 +1032,9 @@ class MultiHeadHyena(Layer):
 
 class GatedLinearRecurrence(Layer):
     """
-    Forward, step and cost of the four that follow. Each says how tokens become (q, k, v, log_a, u)
-    in `project`, and what happens to y in `readout`. `shifts`: projects with the token before, too,
-    which then is state beside S. `extra` is what v is widened by.
+    Forward, step and cost of the four layers that follow. Each says how tokens become
+    (q, k, v, log_a, u, gate) in `project`, and what happens to y in `readout`. shifts: `project`
+    also reads the token before, which then is state beside S. extra: columns added to v.
     """
 
     shifts, extra = False, 0
@@ -1076,9 +1076,9 @@ class LinearAttention(GatedLinearRecurrence):
     y_t = sum_s f(q_t) . g(k_s) v_s / sum_s f(q_t) . g(k_s)           (Katharopoulos et al. 2020)
 
     f and g: softplus(W_1 x) * softplus(W_2 x), learned elementwise products, each with its own W_1
-    and W_2, shared by the heads (1e-6 keeps the denominator from 0). mad-lab leaves the softplus
-    out; its denominator then changes sign, and outputs reach 33,000. The denominator is the same
-    recurrence over one more column of v, all ones.
+    and W_2, shared by the heads (1e-6 keeps the denominator from 0). mad-lab has no softplus: its
+    denominator changes sign, and outputs reach 33,000. The denominator is the same recurrence, for
+    one more column of v that is all ones.
     """
 
     extra = 1
@@ -1095,8 +1095,8 @@ class LinearAttention(GatedLinearRecurrence):
             z = torch.stack((self.phi_q(q), self.phi_k(k)), 2)                    # (B, 1, 2, H, 2K)
         else:
             # W_1 and W_2 act within a head of K channels. Multiplied into W_q and W_k first, they
-            # make one wide product with x of many narrow ones:
-            # (2, 2K, K) (2, H, K, D) -> (2, H, 2K, D).
+            # turn many narrow products with x into a wide one: (2K, K) @ (H, K, D) -> (H, 2K, D),
+            # for q and for k.
             Wq, Wk, Wv = self.qkv.weight.view(3, self.heads, self.width, self.dim).unbind()
             maps = torch.cat((self.phi_q.weight @ Wq, self.phi_k.weight @ Wk))    # (2H, 2K, D)
             z = F.linear(x, torch.cat((maps.flatten(0, 1), Wv.flatten(0, 1))))
@@ -1112,7 +1112,7 @@ class LinearAttention(GatedLinearRecurrence):
         return merge_heads(y[..., :-1] / (y[..., -1:] + 1e-6))                # (B, T, D)
 
     def matmul_flops(self, T):
-        """To 2D features of q and of k, to v, and out. (Their weights are made once a batch.)"""
+        """x to 2D features of q and of k, to v, and out. (Merging weights is once a batch.)"""
         return 2 * T * self.dim * (4 + 1 + 1) * self.dim
 
     def mixing_flops(self, T):
@@ -1122,8 +1122,8 @@ class LinearAttention(GatedLinearRecurrence):
 class GatedLinearAttention(GatedLinearRecurrence):
     """
     log a_t = logsigmoid(W_2 W_1 x_t + b) / 16;  y = (norm(S_t^T q_t) * silu(x W_g)) W_o
-    (Yang et al. 2024, sections 4.1 and 4.4.)  Args: heads H; rank of the gate. In the code q is
-    scaled by K^-1/2, which the norm takes out again, but for its eps.
+    (Yang et al. 2024, sections 4.1 and 4.4.)  Args: heads H; rank of the gate. The code also scales
+    q by K^-1/2, as the authors' does; the norm takes that out again, but for its eps.
     """
 
     def __init__(self, dim, max_len, heads=8, rank=16):
@@ -1317,9 +1317,9 @@ def expert_glu_reference(x, weight, chosen, w_in, w_out):
 @defined_by(expert_glu_reference)
 def expert_glu(x, weight, chosen, w_in, w_out, block=128):
     """
-    The same, computing only chosen experts. Tokens are laid out by expert, each expert's share
-    padded to whole blocks, so that shapes do not depend on the routing and every block is one
-    product with the weights of its owner (the layout of MegaBlocks, Gale et al. 2022).
+    The same, computing only chosen experts. Tokens are sorted by expert and each expert's share is
+    padded to whole blocks, so that no shape depends on the routing and each block is one product
+    with the weights of the expert that owns it (the layout of MegaBlocks, Gale et al. 2022).
     """
     (n, D), k, E = x.shape, chosen.shape[1], len(w_in)
     block = max(1, min(block, n * k // E))
@@ -1392,9 +1392,9 @@ class RWKVChannelMixer(Layer):
 
 
 # =================================================================================================
-# The table, with MAD's settings at width 128. Two blocks of a fixed-state mixer hold 4096 numbers
-# of state, the paper's common size (of Mamba, four layers). mh-linear-attention's two hold 2048;
-# attention, sliding windows and one wide head are not normalised.
+# The table, with MAD's settings at width 128. Two blocks of a mixer with fixed state hold 4096
+# numbers, the paper's common size (of Mamba, four layers do). Those of mh-linear-attention hold
+# 2048; attention, sliding windows and layers of one wide head are not normalised.
 # =================================================================================================
 
 LAYERS = {
@@ -1528,8 +1528,8 @@ def show(names, plot, T=48, D=128):
 
 def tune_allocator():
     """
-    glibc returns large buffers to the system after use and gets them back zeroed, page by page, at
-    the next step: half the time of small models on a CPU. Tell it to keep them. Returns why (not).
+    Tells glibc to keep large buffers. It returns them to the system after use, and gets them back
+    at the next step, page by page, zeroed: half the time of small models on a CPU. Says what it did.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -1541,7 +1541,7 @@ def tune_allocator():
 
 
 def seconds(f, device="cpu", repeat=5):
-    """The fastest of a few calls, after one to warm up (repeat 0: a single call)."""
+    """Seconds of the fastest of `repeat` calls, after one to warm up (0: of a single call)."""
     best = math.inf
     for i in range(repeat + 1):
         start = time.perf_counter()
@@ -1568,7 +1568,7 @@ def fastest_dtype(device):
 
 
 def peak_memory(f, device):
-    """MB that f holds at its peak beyond what was held before; None where that can't be read."""
+    """The most MB that f holds beyond what was held before it; None where that can't be read."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -1603,7 +1603,7 @@ def time_layer(layer, B, T, D, device, dtype, compiled=False, repeat=5):
 
 
 def floors(device, dtype):
-    """Functions of bytes and of FLOPs: the least seconds that this machine is measured to need."""
+    """Functions of bytes and of FLOPs: the least seconds for them, as measured on this machine."""
     a = torch.randn(1 << 26, device=device)                                   # 256 MB
     b, m = torch.empty_like(a), torch.randn(4096, 4096, device=device, dtype=dtype)
     copy, product = seconds(lambda: b.copy_(a), device), seconds(lambda: m @ m, device)
