@@ -1529,7 +1529,7 @@ def show(names, plot, T=48, D=128):
 def tune_allocator():
     """
     Tells glibc to keep large buffers. It returns them to the system after use, and gets them back
-    at the next step, page by page, zeroed: half the time of small models on a CPU. Says what it did.
+    at the next step, page by page, zeroed: half the time of small models on a CPU. Returns how.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
