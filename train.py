@@ -96,30 +96,32 @@ class Options:
 @dataclass
 class Common(Options):
     """The options that a run shares with the MAD protocol, which is a grid of runs."""
-    arch: str = option("hybrid", "architecture of model.py")
-    layers: str | None = option(None, "pattern of layers instead of an architecture")
+    arch: str = option("hybrid", "architecture; `python model.py` shows them")
+    layers: str | None = option(None, "pattern of layers instead of an architecture, such as "
+                                "'mamba swiglu'")
     task: str = choice("in-context-recall", *[t for t in tasks.TASKS if t != "in-context-recall"],
                        "text", text="what to learn")
     dim: int = option(128, "width D of the model", low=1)
-    seed: int = option(0, "of parameters, data and order", low=0)
-    device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
-    dtype: str = choice("auto", "float32", "bfloat16", text="of matrix products; auto measures "
-                        "which is faster. What stays float32 needs it, so TF32 stays off")
+    seed: int = option(0, "seed of parameters, data and their order", low=0)
+    device: str = option("auto", "cuda, mps or cpu; auto: the first of these that is there")
+    dtype: str = choice("auto", "float32", "bfloat16", text="precision of matrix products; auto "
+                        "measures which is faster. All else needs float32, so TF32 stays off")
     compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile; auto times a "
                           "step and compiles if the run is long enough for that to pay; "
                           "max-autotune also tries kernels for minutes, for long runs on a GPU")
-    out: str = option("out", "folder that run folders go into")
-    schedule: str = choice("cosine", "constant", text="learning rate over time")
+    out: str = option("out", "folder for the runs' folders")
+    schedule: str = choice("cosine", "constant", text="the learning rate's course")
     warmup: int = option(0, "steps in which the learning rate rises from 0", low=0)
-    min_lr: float = option(1e-6, "learning rate that the cosine ends at", low=0.0)
-    decay: str = choice("matrices", "all", text="what weight decay is applied to; all: norms, "
-                        "biases, filters and Mamba's A and D, too")
+    min_lr: float = option(1e-6, "learning rate at the end of the cosine", low=0.0)
+    decay: str = choice("matrices", "all", text="what weight decay applies to; all: also norms, "
+                        "biases, filters and Mamba's A and D")
     beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
                           below=1.0)
-    clip: float | None = option(None, "largest norm of the gradient (the default: any)", low=0.0)
-    nonfinite: str = choice("stop", "skip", text="at a loss or gradient that is inf or nan: end, "
-                            "or go on without this step, for which every step is waited for")
-    early_stop: float = option(0.999, "end at this test accuracy (above 1: never)", low=0.0,
+    clip: float | None = option(None, "scale gradients of a larger norm down to this one (the "
+                                "default: never)", low=0.0)
+    nonfinite: str = choice("stop", "skip", text="at a loss or gradient of inf or nan stop, or skip "
+                            "the step (to know, the program then waits for every step)")
+    early_stop: float = option(0.999, "stop at this test accuracy; above 1: never", low=0.0,
                                of="MAD")
 
     @property
@@ -131,30 +133,31 @@ class Common(Options):
 class TrainConfig(Common):
     """Train one architecture on one task."""
     lr: float = option(1e-3, "peak learning rate (the paper's grid: 1e-4 5e-4 1e-3)", low=0.0)
-    weight_decay: float = option(0.1, "AdamW's (the paper's grid: 0 0.1)", low=0.0)
+    weight_decay: float = option(0.1, "AdamW's weight decay (the paper's grid: 0 0.1)", low=0.0)
     batch_size: int | None = option(None, "sequences a step (the default: 128; text: 32)", low=1)
-    accumulate: int = option(1, "parts that a batch is computed in, to save memory", low=1,
+    accumulate: int = option(1, "compute a batch in so many parts, to save memory (text)", low=1,
                              of="text")
     steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
     epochs: int = option(4, "passes over the training data (the paper: 200)", low=1, of="MAD")
-    eval_every: int | None = option(None, "steps between tests (the default: half an epoch; of "
-                                    "text, a tenth of the run)", low=1)
-    seq_len: int | None = option(None, "length T of the task's sequences", low=1, of="MAD")
+    eval_every: int | None = option(None, "steps between tests (the default: half an epoch; text: "
+                                    "a tenth of the run)", low=1)
+    seq_len: int | None = option(None, "length T of the task's sequences (the default of this and "
+                                 "the next four: the task's baseline)", low=1, of="MAD")
     vocab_size: int | None = option(None, "vocabulary of the task", low=1, of="MAD")
-    num_train: int | None = option(None, "training sequences", low=1, of="MAD")
-    frac_noise: float | None = option(None, "part of the pairs that are noise (noisy recall)",
+    num_train: int | None = option(None, "number of training sequences", low=1, of="MAD")
+    frac_noise: float | None = option(None, "share of the pairs that are noise (noisy recall)",
                                       low=0.0, of="MAD")
     num_tokens_to_copy: int | None = option(None, "tokens to copy (selective copying)", low=1,
                                             of="MAD")
     data: str | None = option(None, "text file, folder of them, .bin or .npy of tokens (the "
                               "default: the sources of Python's standard library)", of="text")
     tokenizer: str = option("bytes", "bytes or one of tiktoken's, such as gpt2", of="text")
-    context: int | None = option(None, "tokens a window of text (the default: 128)", low=1,
+    context: int | None = option(None, "tokens in a window of text (the default: 128)", low=1,
                                  of="text")
-    name: str | None = option(None, "of the run's folder; the default is made from the options")
-    detect: bool = option(False, "watch every layer, slowly, and end at the first inf or nan in "
-                          "an output or gradient", how=True)
-    resume: str | None = option(None, "folder of a run to go on with, by its own options",
+    name: str | None = option(None, "name of the run's folder (the default: made from the options)")
+    detect: bool = option(False, "watch every layer, which is slow, and stop at the first inf or "
+                          "nan in an output or gradient", how=True)
+    resume: str | None = option(None, "go on with the run in this folder, with its own options",
                                 how=True)
 
     def __post_init__(self):
@@ -1482,14 +1485,16 @@ class MadConfig(Common):
     Finished runs are reused and interrupted ones go on, so that the same command resumes. Learning
     rates, decays, steps and batch size are the preset's.
     """
-    task: str = choice("mad", text="this protocol")
-    preset: str = option("quick", f"numbers of the protocol (one of {', '.join(PRESETS)})")
-    tasks: str | None = option(None, "only these, with commas between")
-    settings: str = choice("all", "baseline", text="of each task all the preset's or its first one")
+    task: str = choice("mad", text="the MAD protocol")
+    preset: str = option("quick", f"one of {', '.join(PRESETS)}: full is the paper's, 396 runs; "
+                         "quick has one run a task")
+    tasks: str | None = option(None, "only these tasks, with commas between")
+    settings: str = choice("all", "baseline", text="each task's settings: all of the preset or the "
+                           "first one")
     workers: int = option(1, "processes on this machine, which share its cores", low=1)
     no_skip: bool = option(False, "go on with a setting's runs after one has ended by early_stop")
-    select: str = choice("last", "best-loss", text="a run's score is that of its last test or, as "
-                         "in mad-lab, that of the test with the least loss")
+    select: str = choice("last", "best-loss", text="score a run by its last test or, as in "
+                         "mad-lab, by its test of the least loss")
     results: str = option("results/mad", "folder for the scores")
 
     def __post_init__(self):
