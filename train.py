@@ -119,8 +119,8 @@ class Common(Options):
                           below=1.0)
     clip: float | None = option(None, "scale gradients of a larger norm down to this one (the "
                                 "default: never)", low=0.0)
-    nonfinite: str = choice("stop", "skip", text="at a loss or gradient of inf or nan stop, or skip "
-                            "the step (to know, the program then waits for every step)")
+    nonfinite: str = choice("stop", "skip", text="at a loss or gradient of inf or nan stop, or "
+                            "skip the step (to know, the program then waits for every step)")
     early_stop: float = option(0.999, "stop at this test accuracy; above 1: never", low=0.0,
                                of="MAD")
 
