@@ -257,35 +257,27 @@ def fuzzy_recall(setting, draw, split, seed):
     return shift(tokens, scored)
 
 
-def contexts(setting, inputs):
+def recall_oracle(setting, inputs, seed):
     """
-    (n, T), a number for what decides the next token: the key, and how many tokens of its value were
-    read since; where the next token is open, -1-t, which stands nowhere else in its row.
+    The rule of induction heads: what followed this context the first time? The context is the key,
+    its tokens as digits of one number, and how many tokens of its value were read since.
     """
     keys, values = halves(setting)
     L = setting.max_motif if setting.task.startswith("fuzzy") else 1
-    code, length, read = np.zeros((3, len(inputs)), np.int64)
-    out = np.empty_like(inputs)
-    for t in range(inputs.shape[1]):
-        token = inputs[:, t]
-        is_key, is_value = token < keys, (keys <= token) & (token < keys + values)
-        goes_on = read == 0                              # else this token starts another key
-        code = np.where(is_key, code * goes_on * (keys + 1) + token + 1, code)
-        length = np.where(is_key, length * goes_on + 1, length)
-        read = np.where(is_key, 0, read + 1)
+    is_key, is_value = inputs < keys, (keys <= inputs) & (inputs < keys + values)
+    key, read = np.zeros((2, len(inputs)), np.int64)
+    context = np.empty_like(inputs)
+    for t, token in enumerate(inputs.T):
+        longer = np.where(read == 0, key * (keys + 1), 0) + token + 1    # or another key begins
+        key = np.where(is_key[:, t], longer, key)
+        read = np.where(is_key[:, t], 0, read + 1)
         # A key of less than L tokens may go on (in training), until a token of its value is read.
-        decided = is_key & (length == L) | is_value
-        out[:, t] = np.where(decided, code * (L + 1) + read, -1 - t)
-    return out
-
-
-def recall_oracle(setting, inputs, seed):
-    """The rule of induction heads: what followed this context the first time?"""
-    T, (keys, values) = inputs.shape[1], halves(setting)
-    first = first_shown(contexts(setting, inputs))
-    token = np.take_along_axis(inputs, np.minimum(first + 1, T - 1), 1)
-    is_value = (keys <= token) & (token < keys + values)             # else the value has ended
-    return np.where((first < np.arange(T)) & is_value, token, -1)
+        decided = np.where(is_key[:, t], key >= (keys + 1) ** (L - 1), is_value[:, t])
+        context[:, t] = np.where(decided, key * (L + 1) + read, -1 - t)      # -1 - t: only here
+    first = first_shown(context)
+    following = np.roll(np.where(is_value, inputs, -1), -1, 1)       # -1 where the value has ended
+    answer = np.take_along_axis(following, first, 1)
+    return np.where(first < np.arange(inputs.shape[1]), answer, -1)
 
 
 def selective_copying(setting, draw, split, seed):
@@ -306,9 +298,8 @@ def selective_copying(setting, draw, split, seed):
 
 def copying_oracle(setting, inputs, seed):
     n, answer = setting.num_tokens_to_copy, np.full_like(inputs, -1)
-    blank = inputs >= setting.vocab_size - 2             # or the copy token
-    tokens = np.argsort(blank, axis=1, kind="stable")[:, :n]         # places of the n, in order
-    answer[:, -n:] = np.take_along_axis(inputs, tokens, 1)
+    blank = inputs >= setting.vocab_size - 2             # or the copy token; the others come first
+    answer[:, -n:] = np.take_along_axis(inputs, blank.argsort(1, kind="stable")[:, :n], 1)
     return answer
 
 
@@ -317,11 +308,6 @@ def compression(setting, draw, split, seed):
     inputs = np.full((B, setting.seq_len), setting.vocab_size - 1)
     inputs[:, :-1] = draw(setting.vocab_size - 1, setting.seq_len - 1)
     return inputs, inputs
-
-
-def compression_chance(setting):
-    """The last of T tokens is always the same: no guess."""
-    return (1 + (setting.seq_len - 1) / (setting.vocab_size - 1)) / setting.seq_len
 
 
 def facts(setting, seed):
@@ -380,8 +366,9 @@ TASKS = {
         lambda s: (4, 3, ""), lambda s: 1 / (s.vocab_size - 2)),
     "compression": Task(
         "the vector at the last position must hold the whole sequence", compression,
-        lambda setting, inputs, seed: inputs.copy(), lambda s: (3, 2, ""), compression_chance,
-        backbone="autoencoder"),
+        lambda setting, inputs, seed: inputs.copy(), lambda s: (3, 2, ""),
+        # The last of T tokens is always the same: no guess.
+        lambda s: (1 + (s.seq_len - 1) / (s.vocab_size - 1)) / s.seq_len, backbone="autoencoder"),
     "memorization": Task(
         "which value has this key in the task's one fixed map?", memorization,
         memorization_oracle, lambda s: (5, 2, ""), even=True),
