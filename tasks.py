@@ -42,14 +42,14 @@ def unknown(field, value, valid):
     return ValueError(f"{field} is {value!r}; permitted: {', '.join(valid)}{hint}")
 
 
-def whole(field, value, low, high=None, even=False, given=""):
+def whole(field, value, low, high=np.inf, even=False, given=""):
     """value as an int, or a ValueError that names the field, its value and the permitted range."""
     is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if is_int and low <= value and (high is None or value <= high) and not (even and value % 2):
+    if is_int and low <= value <= high and not (even and value % 2):
         return int(value)                    # numpy's integers become Python's: same repr and json
-    kind, span = "even" if even else "whole", f"{low} to {high}"
-    span = f"at least {low}" if high is None else span
-    raise ValueError(f"{field} is {value!r}; permitted: a {kind} number, {span}{given}")
+    kind, span = "an even" if even else "a whole", f"{low} to {high}"
+    span = f"at least {low}" if high == np.inf else span
+    raise ValueError(f"{field} is {value!r}; permitted: {kind} number, {span}{given}")
 
 
 @dataclass(frozen=True)
@@ -68,33 +68,29 @@ class Setting:
     def __post_init__(self):
         if self.task not in TASKS:
             raise unknown("task", self.task, TASKS)
-        noisy = self.task == "noisy-in-context-recall"
+        task, noisy = TASKS[self.task], self.task == "noisy-in-context-recall"
         for field in dataclasses.fields(self):
             if field.type is int:
                 low = 1 if noisy or field.name != "noise_vocab_size" else 0
                 value = whole(field.name, getattr(self, field.name), low)
-                object.__setattr__(self, field.name, value)
+                vars(self)[field.name] = value                       # for self is frozen
         f = self.frac_noise
         if isinstance(f, bool) or not isinstance(f, numbers.Real) or not 0 <= f < 1:
             raise ValueError(f"frac_noise is {f!r}; permitted: a number in [0, 1)")
         if not noisy and (f or self.noise_vocab_size):
             raise ValueError(f"frac_noise is {f!r}, noise_vocab_size is {self.noise_vocab_size}; "
                              f"permitted: 0 and 0, for only noisy-in-context-recall has noise")
-        object.__setattr__(self, "frac_noise", float(f))
-        self._check_fit()
-
-    def _check_fit(self):
-        """Room for two keys and two values (with one there is nothing to tell), or two tokens."""
-        M, T, L = self.vocab_size, self.seq_len, self.max_motif
-        task = TASKS[self.task]
-        vocab, length, given = task.least(self)
-        whole("vocab_size", M, vocab, given=given)
-        whole("seq_len", T, length, even=task.even, given=given)
+        vars(self)["frac_noise"] = float(f)
+        M, T = self.vocab_size, self.seq_len
+        least_M, least_T, given = task.least(self)
+        whole("vocab_size", M, least_M, given=given)
+        whole("seq_len", T, least_T, even=task.even, given=given)
         if self.task == "selective-copying":
-            most, given = (T - 1) // 2, f" (seq_len is {T})"
-            whole("num_tokens_to_copy", self.num_tokens_to_copy, 1, most, given=given)
+            n, given = self.num_tokens_to_copy, f" (seq_len is {T})"
+            whole("num_tokens_to_copy", n, 1, (T - 1) // 2, given=given)
         if self.task == "fuzzy-in-context-recall":       # a motif is numbered within an int64
-            whole("max_motif", L, 1, int(62 / np.log2(M)), given=f" (vocab_size is {M})")
+            most, given = int(62 / np.log2(M)), f" (vocab_size is {M})"
+            whole("max_motif", self.max_motif, 1, most, given=given)
 
     @property
     def backbone(self):
@@ -341,7 +337,8 @@ class Task:
     about: str                 # the question that it asks
     make: Callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
     oracle: Callable           # (setting, inputs (n, T), seed) -> right answers, -1 where open
-    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on
+    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on:
+                               # two keys and two values (with one nothing is to tell), two tokens
     chance: Callable = lambda setting: 1 / halves(setting)[1]        # one of the values
     even: bool = False         # T must be
     shifted: bool = False      # the next token is the target: T - 1 positions
@@ -475,24 +472,23 @@ def get_encoding(name):
     import tiktoken
     if name not in tiktoken.list_encoding_names():
         raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names()])
-    found = []
+    found = {"error": "no answer in 20 seconds"}
 
     def fetch():
         try:
-            found.append(tiktoken.get_encoding(name))
+            found["encoding"] = tiktoken.get_encoding(name)
         except Exception as error:           # no network, proxy, a captive portal's wrong hash, ...
-            found.append(" ".join(f"{type(error).__name__}: {error}".split())[:120])
+            found["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(20)
-    if found and not isinstance(found[0], str):
-        return found[0]
-    why = found[0] if found else "no answer in 20 seconds"
+    if "encoding" in found:
+        return found["encoding"]
     raise ValueError(
-        f"cannot get tiktoken's {name} ({why}). Use --tokenizer bytes; or, on a machine with "
-        f"network, run TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding("
-        f"'{name}')\", copy DIR to this machine and set TIKTOKEN_CACHE_DIR to it")
+        f"cannot get tiktoken's {name} ({found['error']}). Use --tokenizer bytes; or, on a machine "
+        f"with network, run TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken."
+        f"get_encoding('{name}')\", copy DIR to this machine and set TIKTOKEN_CACHE_DIR to it")
 
 
 def vocab_size(tokenizer):
@@ -524,14 +520,14 @@ def read_text(files):
 def tokenize(files, tokenizer):
     """Ids of the files' text, from the cache if this content was tokenized before."""
     from tqdm import tqdm
-    digest, size, M = hashlib.sha256(), sum(f.stat().st_size for f in files), vocab_size(tokenizer)
+    digest, size = hashlib.sha256(), sum(f.stat().st_size for f in files)
     for text in read_text(files):                        # finds bad text before any work is done
         digest.update(text.encode())
     if not size:
         raise ValueError(f"{files[0]} holds no text")
     if tokenizer == "bytes" and len(files) == 1:
         return np.memmap(files[0], np.uint8, "r")
-    dtype = np.uint8 if M <= 1 << 8 else np.uint16 if M <= 1 << 16 else np.uint32
+    dtype = np.min_scalar_type(vocab_size(tokenizer) - 1)            # uint8, uint16 or uint32
     folder = Path(os.environ.get("NANOMAD_CACHE") or Path.home() / ".cache" / "nanomad")
     path = folder / f"{digest.hexdigest()}-{tokenizer}.bin"
     if not path.exists():
@@ -561,9 +557,9 @@ def open_tokens(path):
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
             raise ValueError(f"{path} is {tokens.dtype} {tokens.shape}; needed: integers (n,)")
         return tokens
-    size, header = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
-    if header[:1] and header[0] in MAGICS:               # (as raw uint16 no token of gpt2's)
-        version, count = (header + [0, 0])[1:3]
+    size = path.stat().st_size
+    magic, version, count = (np.fromfile(path, "<i4", 3).tolist() + [0, 0, 0])[:3]
+    if magic in MAGICS:                                  # (as raw uint16 no token of gpt2's)
         if version not in SHARDS:
             raise ValueError(f"{path} is a shard of version {version}; known: {list(SHARDS)}")
         promised = 1024 + count * np.dtype(SHARDS[version]).itemsize
@@ -573,6 +569,21 @@ def open_tokens(path):
     if not size or size % 2:
         raise ValueError(f"{path} has {size} bytes: neither a shard nor raw uint16 tokens")
     return np.memmap(path, "<u2", "r")
+
+
+def library_files():
+    """Every .py file of Python's standard library but its tests, in order of path."""
+    root, files = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, inside, names in os.walk(root):
+        inside[:] = set(inside) - NOT_CORPUS             # os.walk skips what is removed here
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise ValueError(f"{root} has no .py files: this Python comes without sources; give --data")
+    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
+
+
+def pieces(tokens):
+    return (tokens[i:i + PIECE] for i in range(0, len(tokens), PIECE))
 
 
 def load_tokens(path, tokenizer="bytes"):
@@ -597,8 +608,8 @@ def load_tokens(path, tokenizer="bytes"):
                              f" name the tokenizer it was made with, such as --tokenizer gpt2")
         return tokens
     hidden = lambda f: any(part.startswith(".") for part in f.relative_to(path).parts)
-    files = ([path] if path.is_file() else
-             sorted(f for f in path.rglob("*") if f.is_file() and not hidden(f)))
+    files = [f for f in sorted(path.rglob("*")) if f.is_file() and not hidden(f)]
+    files = [path] if path.is_file() else files
     if not files:
         raise ValueError(f"{path} is a folder without files")
     for f in files:
@@ -606,10 +617,6 @@ def load_tokens(path, tokenizer="bytes"):
             raise ValueError(f"{f} is not text: give a .bin or .npy by its own path, and save the "
                              f"text of a .parquet as .txt")
     return tokenize(files, tokenizer)
-
-
-def pieces(tokens):
-    return (tokens[i:i + PIECE] for i in range(0, len(tokens), PIECE))
 
 
 def token_stats(tokens, tokenizer="bytes"):
@@ -624,17 +631,6 @@ def token_stats(tokens, tokenizer="bytes"):
         count = sum(len(encoding.decode_bytes(piece[piece != encoding.eot_token].tolist()))
                     for piece in pieces(tokens))
     return len(tokens), top + 1, count / len(tokens)
-
-
-def library_files():
-    """Every .py file of Python's standard library but its tests, in order of path."""
-    root, files = Path(sysconfig.get_paths()["stdlib"]), []
-    for folder, inside, names in os.walk(root):
-        inside[:] = set(inside) - NOT_CORPUS             # os.walk skips what is removed here
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not files:
-        raise ValueError(f"{root} has no .py files: this Python comes without sources; give --data")
-    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
 
 
 # -------------------------------------------------------------------------------------------------
