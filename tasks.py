@@ -203,10 +203,11 @@ def fuzzy_pairs(setting, draw, split):
     (keys, values), L, T = halves(setting), setting.max_motif, setting.seq_len
     P = T // 2 if split == "train" else T // (L + 1)     # T / the shortest pair
     key, value = motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)
-    key_len, value_len = 1 + draw(L, 2, P).swapaxes(0, 1)
-    if split == "train":
-        key = np.where(np.arange(L) < key_len[..., None], key, -1)
-    value = np.where(np.arange(L) < value_len[..., None], value, -1)
+    length = 1 + draw(L, 2, P)                           # (B, 2, P): of keys, of values
+    if split == "test":
+        length[:, 0] = L                                 # every key is whole
+    key = np.where(np.arange(L) < length[:, 0, :, None], key, -1)
+    value = np.where(np.arange(L) < length[:, 1, :, None], value, -1)
     code = (key + 1) @ (keys + 1) ** np.arange(L)        # (B, P)
     # One value a key: a key that was drawn before takes the value drawn with it then.
     value = np.take_along_axis(value, first_shown(code)[..., None], 1)
@@ -424,10 +425,7 @@ def generate(setting, n, seed, split):
 
 
 def chance(setting):
-    """
-    Expected test accuracy of a guess that looks neither at the sequence nor at other data: 1 in the
-    number of possible answers.
-    """
+    """Expected test accuracy of a blind guess: 1 in the number of possible answers."""
     return TASKS[setting.task].chance(setting)
 
 
@@ -601,11 +599,11 @@ def load_tokens(path, tokenizer="bytes"):
         raise FileNotFoundError(f"{path} does not exist")
     if path.suffix in (".npy", ".bin") and path.is_file():
         tokens = open_tokens(path)
-        lows, highs = zip(*((p.min(), p.max()) for p in pieces(tokens)))
-        low, high = min(lows), max(highs)
-        if low < 0 or high >= M:
-            raise ValueError(f"{path} has token ids {low} to {high}, beyond the {M} of {tokenizer}:"
-                             f" name the tokenizer it was made with, such as --tokenizer gpt2")
+        ends = [end for piece in pieces(tokens) for end in (piece.min(), piece.max())]
+        if min(ends) < 0 or max(ends) >= M:
+            raise ValueError(f"{path} has token ids {min(ends)} to {max(ends)}, beyond the {M} of "
+                             f"{tokenizer}: name the tokenizer it was made with, such as "
+                             f"--tokenizer gpt2")
         return tokens
     hidden = lambda f: any(part.startswith(".") for part in f.relative_to(path).parts)
     files = [f for f in sorted(path.rglob("*")) if f.is_file() and not hidden(f)]
@@ -620,17 +618,17 @@ def load_tokens(path, tokenizer="bytes"):
 
 
 def token_stats(tokens, tokenizer="bytes"):
-    """(how many, the vocabulary they need, bytes of text a token or None if unknown: offline)."""
-    top = max(int(piece.max()) for piece in pieces(tokens))
+    """(how many, the vocabulary they need, bytes of text a token; None if it can't be known)."""
+    n, least = len(tokens), int(tokens.max()) + 1
+    if tokenizer == "bytes":
+        return n, least, 1.0
     try:
-        encoding = None if tokenizer == "bytes" else get_encoding(tokenizer)
-    except ValueError:
-        return len(tokens), top + 1, None
-    count = len(tokens)
-    if encoding:                                         # end-of-text tokens stand for no byte
+        encoding = get_encoding(tokenizer)               # end-of-text tokens stand for no byte
         count = sum(len(encoding.decode_bytes(piece[piece != encoding.eot_token].tolist()))
                     for piece in pieces(tokens))
-    return len(tokens), top + 1, count / len(tokens)
+    except (ValueError, KeyError):                       # offline; an id that is no token's
+        return n, least, None
+    return n, least, count / n
 
 
 # -------------------------------------------------------------------------------------------------
@@ -640,15 +638,12 @@ def token_stats(tokens, tokenizer="bytes"):
 def show(setting, seed):
     """One short test sequence, and the accuracies on the test data of the paper's baseline."""
     width = len(str(setting.vocab_size - 1)) + 1
-
-    def row(name, cells):
-        print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
-
     (x,), (y,) = generate(setting, 1, seed, "test")
     print(f"{setting.task}: {TASKS[setting.task].about}")
-    row("input", x)
-    row("target", ["." if t == IGNORE else t for t in y])
-    row("scored", ["" if t == IGNORE else "^" * len(str(t)) for t in y])
+    rows = {"input": x, "target": ["." if t == IGNORE else t for t in y],
+            "scored": ["" if t == IGNORE else "^" * len(str(t)) for t in y]}
+    for name, cells in rows.items():
+        print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
     base = BASELINES[setting.task]
     inputs, targets = generate(base, base.num_test, seed, "test")
     print(f"  At baseline (M {base.vocab_size}, T {base.seq_len}, {base.num_test} tests): oracle "
