@@ -47,8 +47,8 @@ def whole(field, value, low, high=np.inf, even=False, given=""):
     is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if is_int and low <= value <= high and not (even and value % 2):
         return int(value)                    # numpy's integers become Python's: same repr and json
-    kind, span = "an even" if even else "a whole", f"{low} to {high}"
-    span = f"at least {low}" if high == np.inf else span
+    kind = "an even" if even else "a whole"
+    span = f"at least {low}" if high == np.inf else f"{low} to {high}"
     raise ValueError(f"{field} is {value!r}; permitted: {kind} number, {span}{given}")
 
 
@@ -124,9 +124,9 @@ def dice(setting, seed, *label):
     """
     A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32.
 
-    Each (setting, seed, label) has its own stream: a field more or less in Setting changes all
-    data. num_train and num_test alone don't count: with less training data a task keeps its test
-    data and the first of its training data.
+    Each (setting, seed, label) has its own stream, so a new field in Setting changes all data. Only
+    num_train and num_test don't count: with less training data a task keeps its test data and the
+    first of its training data.
     """
     task = dataclasses.replace(setting, num_train=1, num_test=1)
     name = repr((dataclasses.astuple(task), seed, label)).encode()
@@ -147,8 +147,7 @@ def first_shown(codes):
     """codes (n, P) -> (n, P), for each place the first place of its row that has the same code."""
     order = np.argsort(codes, axis=1, kind="stable")     # equal codes become neighbours, in order
     ranked = np.take_along_axis(codes, order, 1)
-    fresh = np.ones(codes.shape, bool)
-    fresh[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    fresh = np.diff(ranked, axis=1, prepend=ranked[:, :1] - 1) != 0
     start = np.maximum.accumulate(np.where(fresh, np.arange(codes.shape[1]), 0), 1)
     first = np.empty_like(order)
     np.put_along_axis(first, order, np.take_along_axis(order, start, 1), 1)
@@ -176,7 +175,7 @@ def recall(setting, draw, split, seed):
     key = np.where(noise, -1, draw(keys, P))         # -1 is a last column below, which is not read
     shown = np.zeros((B, keys + 1), bool)
     np.put_along_axis(shown, key[:, :-1], True, 1)
-    key[:, -1] = np.where(shown[:, :keys], draw(2 ** 32, keys), -1).argmax(1)
+    key[:, -1] = np.where(shown[:, :keys], draw(2 ** 32, keys), -1).argmax(1)    # the highest die
     value = np.take_along_axis(keys + draw(values, keys + 1), key, 1)    # one value a key, anew
     junk = keys + values + draw(setting.noise_vocab_size, P, 2)
     tokens = np.where(noise[..., None], junk, np.stack([key, value], 2)).reshape(B, 2 * P)
@@ -208,7 +207,7 @@ def fuzzy_pairs(setting, draw, split):
         length[:, 0] = L                                 # every key is whole
     key = np.where(np.arange(L) < length[:, 0, :, None], key, -1)
     value = np.where(np.arange(L) < length[:, 1, :, None], value, -1)
-    code = (key + 1) @ (keys + 1) ** np.arange(L)        # (B, P)
+    code = (key + 1) @ (keys + 1) ** np.arange(L)        # (B, P), a key's tokens as digits
     # One value a key: a key that was drawn before takes the value drawn with it then.
     value = np.take_along_axis(value, first_shown(code)[..., None], 1)
     return np.concatenate([key, value], 2), code
@@ -308,7 +307,7 @@ def compression(setting, draw, split, seed):
 
 
 def facts(setting, seed):
-    """The fixed map of memorization, (keys,): it belongs to task and seed, not to a split."""
+    """The fixed map of memorization, (keys,): it belongs to setting and seed, not to a split."""
     keys, values = halves(setting)
     return keys + dice(setting, seed, "facts")(values, -(-keys // B)).ravel()[:keys]
 
@@ -338,8 +337,8 @@ class Task:
     about: str                 # the question that it asks
     make: Callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
     oracle: Callable           # (setting, inputs (n, T), seed) -> right answers, -1 where open
-    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on:
-                               # two keys and two values (with one nothing is to tell), two tokens
+    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on;
+                               # of keys, values and tokens two, for with one there is no choice
     chance: Callable = lambda setting: 1 / halves(setting)[1]        # one of the values
     even: bool = False         # T must be
     shifted: bool = False      # the next token is the target: T - 1 positions
@@ -408,7 +407,7 @@ def generate(setting, n, seed, split):
     inputs, targets: int64 (n, setting.length), the same for the same arguments on every machine.
 
     The first n sequences of a larger n are the same ones. The splits "train" and "test" come from
-    independent streams: they share a sequence only by chance, where there are few.
+    independent streams: they share a sequence only by chance, where few are possible.
     """
     if split not in ("train", "test"):
         raise unknown("split", split, ("train", "test"))
@@ -431,8 +430,8 @@ def chance(setting):
 
 def ceiling(setting):
     """
-    Test accuracy that no model is expected to exceed. 1, but for memorization: the part of the
-    facts that the training data show (mean 0.913). Guessing the rest adds less than 0.0002.
+    Test accuracy that no model is expected to exceed: 1, but for memorization the part of the facts
+    that the training data show (0.913 over its settings). Guessing the rest adds less than 0.0002.
     """
     if setting.task != "memorization":
         return 1.0
@@ -618,7 +617,7 @@ def load_tokens(path, tokenizer="bytes"):
 
 
 def token_stats(tokens, tokenizer="bytes"):
-    """(how many, the vocabulary they need, bytes of text a token; None if it can't be known)."""
+    """(how many, the vocabulary they need, bytes of text a token or None if unknown: offline)."""
     n, least = len(tokens), int(tokens.max()) + 1
     if tokenizer == "bytes":
         return n, least, 1.0
@@ -626,8 +625,10 @@ def token_stats(tokens, tokenizer="bytes"):
         encoding = get_encoding(tokenizer)               # end-of-text tokens stand for no byte
         count = sum(len(encoding.decode_bytes(piece[piece != encoding.eot_token].tolist()))
                     for piece in pieces(tokens))
-    except (ValueError, KeyError):                       # offline; an id that is no token's
+    except ValueError:
         return n, least, None
+    except KeyError as error:                            # an id between the vocabulary's
+        raise ValueError(f"these are not tokens of {tokenizer}: {error}") from None
     return n, least, count / n
 
 
