@@ -122,9 +122,8 @@ B = 256              # sequences drawn from one stream: their arrays fit the pro
 
 def dice(setting, seed, *label):
     """
-    A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32.
-
-    Each (setting, seed, label) has its own stream, so a new field in Setting changes all data. Only
+    A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32. Each
+    (setting, seed, label) has its own stream, so a new field in Setting changes all data. Only
     num_train and num_test don't count: with less training data a task keeps its test data and the
     first of its training data.
     """
@@ -216,7 +215,6 @@ def fuzzy_pairs(setting, draw, split):
 def fuzzy_order(draw, size, T):
     """
     Sizes (B, P) -> which pair stands in which slot (B, P+1), and how many slots are used (B, 1).
-
     Pair 0 is the probe: it has the last slot and one drawn among all before, so that it is always
     in the context. (In mad-lab 1.6% of the training sequences end before it was placed.)
     """
@@ -231,10 +229,9 @@ def fuzzy_order(draw, size, T):
 
 def fuzzy_recall(setting, draw, split, seed):
     """
-    pad ... pad, then pairs of motifs: key tokens, value tokens, key tokens, value tokens, ...
-
-    Keys and values share no token, so a run of key tokens is one key and the run of value tokens
-    after it its value. Where a value ends, only its earlier appearance tells.
+    pad ... pad, then pairs of motifs: key tokens, value tokens, key tokens, value tokens, ... Keys
+    and values share no token, so a run of key tokens is one key and the run of value tokens after
+    it its value. Where a value ends, only its earlier appearance tells.
     """
     L, T = setting.max_motif, setting.seq_len
     pair, code = fuzzy_pairs(setting, draw, split)
@@ -367,8 +364,8 @@ TASKS = {
         # The last of T tokens is always the same: no guess.
         lambda s: (1 + (s.seq_len - 1) / (s.vocab_size - 1)) / s.seq_len, backbone="autoencoder"),
     "memorization": Task(
-        "which value has this key in the task's one fixed map?", memorization,
-        memorization_oracle, lambda s: (5, 2, ""), even=True),
+        "which value has this key in the task's one fixed map?", memorization, memorization_oracle,
+        lambda s: (5, 2, ""), even=True),
 }
 
 BASELINES = {s.task: s for s in (
@@ -405,7 +402,6 @@ def mad_settings(task=None):
 def generate(setting, n, seed, split):
     """
     inputs, targets: int64 (n, setting.length), the same for the same arguments on every machine.
-
     The first n sequences of a larger n are the same ones. The splits "train" and "test" come from
     independent streams: they share a sequence only by chance, where few are possible.
     """
