@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import math
 import numbers
 import os
 import platform
@@ -42,13 +43,13 @@ def unknown(field, value, valid):
     return ValueError(f"{field} is {value!r}; permitted: {', '.join(valid)}{hint}")
 
 
-def whole(field, value, low, high=np.inf, even=False, given=""):
+def whole(field, value, low, high=math.inf, even=False, given=""):
     """value as an int, or a ValueError that names the field, its value and the permitted range."""
     is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if is_int and low <= value <= high and not (even and value % 2):
         return int(value)                    # numpy's integers become Python's: same repr and json
     kind = "an even" if even else "a whole"
-    span = f"at least {low}" if high == np.inf else f"{low} to {high}"
+    span = f"at least {low}" if high == math.inf else f"{low} to {high}"
     raise ValueError(f"{field} is {value!r}; permitted: {kind} number, {span}{given}")
 
 
@@ -89,7 +90,7 @@ class Setting:
             n, given = self.num_tokens_to_copy, f" (seq_len is {T})"
             whole("num_tokens_to_copy", n, 1, (T - 1) // 2, given=given)
         if self.task == "fuzzy-in-context-recall":       # a motif is numbered within an int64
-            most, given = int(62 / np.log2(M)), f" (vocab_size is {M})"
+            most, given = int(62 / math.log2(M)), f" (vocab_size is {M})"
             whole("max_motif", self.max_motif, 1, most, given=given)
 
     @property
@@ -261,7 +262,7 @@ def recall_oracle(setting, inputs, seed):
     key, read = np.zeros((2, len(inputs)), np.int64)
     context = np.empty_like(inputs)
     for t, token in enumerate(inputs.T):
-        longer = np.where(read == 0, key * (keys + 1), 0) + token + 1    # or another key begins
+        longer = np.where(read == 0, key, 0) * (keys + 1) + token + 1    # or another key begins
         key = np.where(is_key[:, t], longer, key)
         read = np.where(is_key[:, t], 0, read + 1)
         # A key of less than L tokens may go on (in training), until a token of its value is read.
