@@ -544,9 +544,8 @@ def open_tokens(path):
     """.npy; llm.c's shards (a header of 256 int32: magic, version, count); nanoGPT's raw uint16."""
     if path.suffix == ".npy":
         try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-            tokens.ndim                                  # an .npz by another name has none
-        except (ValueError, EOFError, AttributeError) as error:
+            tokens = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:           # a damaged header ends in errors of many kinds
             raise ValueError(f"{path} is not a readable .npy of integers: {error}") from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
             raise ValueError(f"{path} is {tokens.dtype} {tokens.shape}; needed: integers (n,)")
