@@ -5,7 +5,7 @@ How layers stack: a pattern of layer names becomes a model, its costs become a l
     "hyena(filter=modal,order=8) swiglu"           settings of a layer in brackets
 
 A block is x + layer(norm(x)). Two backbones (Poli et al. 2024, section 3):
-  lm           embedding, blocks, norm, unembedding; position t predicts what follows token t
+  lm           embedding, blocks, norm, unembedding; position t answers from tokens 0 to t
   autoencoder  the blocks encode; the vector at the *last* position alone, plus a sinusoid a
                position, goes through a small MLP that has to say the whole sequence again
 
@@ -81,17 +81,16 @@ def find_pattern(arch):
 
 
 def parse_pattern(pattern):
-    """"a b(k=v,...) c" -> [(name, settings), ...]. ValueError on what is neither."""
-    parts = re.findall(r"[^\s()]+(?:\([^()]*\))?|[()]", pattern)
+    """"a b(k=v,...) c" -> [(name, settings), ...]. ValueError if it can't be read so."""
     layers = []
-    for part in parts:
+    for part in re.findall(r"[^\s()]+(?:\([^()]*\))?|[()]", pattern):
         name, _, inside = part.rstrip(")").partition("(")
         if not name:
             raise ValueError(f"pattern {pattern!r}: a bracket outside name(key=value,key=value)")
         settings = {}
         for item in filter(None, inside.split(",")):
-            key, equals, value = (s.strip() for s in item.partition("="))
-            if not equals or not key or not value:
+            key, _, value = (s.strip() for s in item.partition("="))
+            if not key or not value:
                 raise ValueError(f"layer {part!r}: write settings as name(key=value,key=value)")
             try:
                 settings[key] = ast.literal_eval(value)
@@ -132,22 +131,18 @@ class Decoder(nn.Module):
                                     RMSNorm(dim), nn.Linear(dim, dim), nn.GELU())
 
     def forward(self, code, T):
-        rate = 10000.0 ** -(torch.arange(0, code.shape[-1], 2, device=code.device)
-                            / code.shape[-1])
-        angle = torch.arange(T, device=code.device)[:, None] * rate           # (T, D/2)
-        where = torch.stack((angle.sin(), angle.cos()), -1).flatten(1)        # (T, D)
-        return self.layers(code[:, None] + where[:, :code.shape[-1]].to(code.dtype))
+        D, device = code.shape[-1], code.device
+        rate = 10000.0 ** -(torch.arange(0, D, 2, device=device) / D)
+        angle = torch.arange(T, device=device)[:, None] * rate                # (T, D/2)
+        where = torch.stack((angle.sin(), angle.cos()), -1).flatten(1)        # (T, D), D + 1 if odd
+        return self.layers(code[:, None] + where[:, :D].to(code.dtype))
 
 
 class Model(nn.Module):
     """
-    Args:
-        pattern: layer names, top to bottom of the stack (see the module docstring).
-        vocab_size M, dim D.
-        max_len: the longest sequence; implicit filters measure time in it.
-        backbone: "lm" or "autoencoder".
-
-    Layers initialise themselves; only the embedding, which is the model's own, is set here.
+    pattern names the layers (module docstring), the first of which reads the embedding; vocab_size
+    is M and dim D; max_len is the longest sequence, in which implicit filters measure time. Layers
+    initialise themselves; only the embedding, which is the model's own, is set here.
     """
 
     def __init__(self, pattern, vocab_size, dim=128, max_len=128, backbone="lm"):
@@ -155,11 +150,12 @@ class Model(nn.Module):
         if backbone not in ("lm", "autoencoder"):
             raise ValueError(f"backbone={backbone!r}: choose lm or autoencoder")
         self.pattern, self.dim, self.max_len, self.backbone = pattern, dim, max_len, backbone
-        self.names = [name for name, _ in parse_pattern(pattern)]
+        layers = parse_pattern(pattern)
+        self.names = [name for name, _ in layers]
         self.embed = nn.Embedding(vocab_size, dim)
         nn.init.normal_(self.embed.weight, std=0.02)                          # as in mad-lab
         self.blocks = nn.ModuleList([Block(build_layer(name, dim, max_len, **settings), dim)
-                                     for name, settings in parse_pattern(pattern)])
+                                     for name, settings in layers])
         self.decoder = Decoder(dim) if backbone == "autoencoder" else None
         self.norm = RMSNorm(dim)
         self.unembed = nn.Linear(dim, vocab_size, bias=False)
@@ -219,12 +215,12 @@ def decayed(model):
     """
     The parameters that get weight decay: matrices that multiply activations (nn.Linear, Experts)
     and the embedding. Not norms, biases, filters (an implicit one's small MLP multiplies times, not
-    activations), Mamba's A and D, RWKV's mixtures, their low-rank upper half, bonus and rates.
+    activations), Mamba's A and D, RWKV's mixtures (of their low-rank map, the half that writes
+    them), bonus and rates.
     """
-    inside = {id(p) for m in model.modules() if isinstance(m, ImplicitFilter)
-              for p in m.parameters()}
-    return [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, Experts))
-            and id(m.weight) not in inside]
+    in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
+    return [m.weight for m in model.modules()
+            if isinstance(m, (nn.Linear, nn.Embedding, Experts)) and m not in in_filters]
 
 
 # =================================================================================================
@@ -248,27 +244,25 @@ def state_after(layer, dim, T):
     grows by a token (keys and values, an implicit filter's history) it grows by at every token.
     """
     p = next(layer.parameters())
-    sizes, state = [], layer.init_state(1, device=p.device, dtype=p.dtype)
+    x, state = p.new_zeros(1, dim), layer.init_state(1, device=p.device, dtype=p.dtype)
     with torch.no_grad():
-        for _ in range(2):
-            state = layer.step(torch.zeros(1, dim, device=p.device, dtype=p.dtype), state)[1]
-            sizes.append(count_state(state))
-    return sizes[1] + (T - 2) * (sizes[1] - sizes[0])
+        state = layer.step(x, state)[1]
+        one = count_state(state)
+        two = count_state(layer.step(x, state)[1])
+    return two + (T - 2) * (two - one)
 
 
 def ledger(model, T):
     """One Entry a layer, then one for embedding, norms and unembedding."""
-    rows = [Entry(name, sum(p.numel() for p in block.parameters()),
-                  state_after(block.layer, model.dim, T), block.layer.nominal(T),
-                  block.layer.flops(T))
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    rows = [Entry(name, count(block), state_after(block.layer, model.dim, T),
+                  block.layer.nominal(T), block.layer.flops(T))
             for name, block in zip(model.names, model.blocks)]
-    rest = sum(p.numel() for p in model.parameters()) - sum(r.parameters for r in rows)
-    flops = 2 * T * model.unembed.weight.numel()
-    if model.decoder is not None:
-        flops += 2 * T * sum(m.weight.numel() for m in model.decoder.modules()
-                             if isinstance(m, nn.Linear))
-    return rows + [Entry("embedding, unembedding" if model.decoder is None else
-                         "embedding, decoder", rest, 0, 0, flops)]
+    rest = count(model) - sum(r.parameters for r in rows)
+    name = "embedding, unembedding" if model.decoder is None else "embedding, decoder"
+    weights = sum(m.weight.numel() for part in model.children() if part is not model.blocks
+                  for m in part.modules() if isinstance(m, nn.Linear))
+    return rows + [Entry(name, rest, 0, 0, 2 * T * weights)]
 
 
 def total(rows):
@@ -281,9 +275,8 @@ def show_ledger(model, T):
     rows = ledger(model, T)
     lines = [f"{'layer':<27}{'parameters':>12}{f'state, T={T}':>15}{'paper counts':>14}"
              f"{'MFLOP a token':>15}"]
-    for r in [*rows, total(rows)]:
-        lines.append(f"{r.name:<27}{r.parameters:>12,}{r.state:>15,}{r.nominal:>14,}"
-                     f"{r.flops / T / 1e6:>15.3f}")
+    lines += [f"{r.name:<27}{r.parameters:>12,}{r.state:>15,}{r.nominal:>14,}"
+              f"{r.flops / T / 1e6:>15.3f}" for r in [*rows, total(rows)]]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import math
 import numbers
 import os
 import platform
@@ -42,14 +43,14 @@ def unknown(field, value, valid):
     return ValueError(f"{field} is {value!r}; permitted: {', '.join(valid)}{hint}")
 
 
-def whole(field, value, low, high=None, even=False, given=""):
+def whole(field, value, low, high=math.inf, even=False, given=""):
     """value as an int, or a ValueError that names the field, its value and the permitted range."""
     is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if is_int and low <= value and (high is None or value <= high) and not (even and value % 2):
+    if is_int and low <= value <= high and not (even and value % 2):
         return int(value)                    # numpy's integers become Python's: same repr and json
-    kind, span = "even" if even else "whole", f"{low} to {high}"
-    span = f"at least {low}" if high is None else span
-    raise ValueError(f"{field} is {value!r}; permitted: a {kind} number, {span}{given}")
+    kind = "an even" if even else "a whole"
+    span = f"at least {low}" if high == math.inf else f"{low} to {high}"
+    raise ValueError(f"{field} is {value!r}; permitted: {kind} number, {span}{given}")
 
 
 @dataclass(frozen=True)
@@ -68,33 +69,29 @@ class Setting:
     def __post_init__(self):
         if self.task not in TASKS:
             raise unknown("task", self.task, TASKS)
-        noisy = self.task == "noisy-in-context-recall"
+        task, noisy = TASKS[self.task], self.task == "noisy-in-context-recall"
         for field in dataclasses.fields(self):
             if field.type is int:
                 low = 1 if noisy or field.name != "noise_vocab_size" else 0
                 value = whole(field.name, getattr(self, field.name), low)
-                object.__setattr__(self, field.name, value)
+                vars(self)[field.name] = value                       # for self is frozen
         f = self.frac_noise
         if isinstance(f, bool) or not isinstance(f, numbers.Real) or not 0 <= f < 1:
             raise ValueError(f"frac_noise is {f!r}; permitted: a number in [0, 1)")
         if not noisy and (f or self.noise_vocab_size):
             raise ValueError(f"frac_noise is {f!r}, noise_vocab_size is {self.noise_vocab_size}; "
                              f"permitted: 0 and 0, for only noisy-in-context-recall has noise")
-        object.__setattr__(self, "frac_noise", float(f))
-        self._check_fit()
-
-    def _check_fit(self):
-        """Room for two keys and two values (with one there is nothing to tell), or two tokens."""
-        M, T, L = self.vocab_size, self.seq_len, self.max_motif
-        task = TASKS[self.task]
-        vocab, length, given = task.least(self)
-        whole("vocab_size", M, vocab, given=given)
-        whole("seq_len", T, length, even=task.even, given=given)
+        vars(self)["frac_noise"] = float(f)
+        M, T = self.vocab_size, self.seq_len
+        least_M, least_T, given = task.least(self)
+        whole("vocab_size", M, least_M, given=given)
+        whole("seq_len", T, least_T, even=task.even, given=given)
         if self.task == "selective-copying":
-            most, given = (T - 1) // 2, f" (seq_len is {T})"
-            whole("num_tokens_to_copy", self.num_tokens_to_copy, 1, most, given=given)
+            n, given = self.num_tokens_to_copy, f" (seq_len is {T})"
+            whole("num_tokens_to_copy", n, 1, (T - 1) // 2, given=given)
         if self.task == "fuzzy-in-context-recall":       # a motif is numbered within an int64
-            whole("max_motif", L, 1, int(62 / np.log2(M)), given=f" (vocab_size is {M})")
+            most, given = int(62 / math.log2(M)), f" (vocab_size is {M})"
+            whole("max_motif", self.max_motif, 1, most, given=given)
 
     @property
     def backbone(self):
@@ -126,11 +123,10 @@ B = 256              # sequences drawn from one stream: their arrays fit the pro
 
 def dice(setting, seed, *label):
     """
-    A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32.
-
-    Each (setting, seed, label) has its own stream: a field more or less in Setting changes all
-    data. num_train and num_test alone don't count: with less training data a task keeps its test
-    data and the first of its training data.
+    A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32. Each
+    (setting, seed, label) has its own stream, so a new field in Setting changes all data. Only
+    num_train and num_test don't count: with less training data a task keeps its test data and the
+    first of its training data.
     """
     task = dataclasses.replace(setting, num_train=1, num_test=1)
     name = repr((dataclasses.astuple(task), seed, label)).encode()
@@ -151,8 +147,7 @@ def first_shown(codes):
     """codes (n, P) -> (n, P), for each place the first place of its row that has the same code."""
     order = np.argsort(codes, axis=1, kind="stable")     # equal codes become neighbours, in order
     ranked = np.take_along_axis(codes, order, 1)
-    fresh = np.ones(codes.shape, bool)
-    fresh[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    fresh = np.diff(ranked, axis=1, prepend=ranked[:, :1] - 1) != 0
     start = np.maximum.accumulate(np.where(fresh, np.arange(codes.shape[1]), 0), 1)
     first = np.empty_like(order)
     np.put_along_axis(first, order, np.take_along_axis(order, start, 1), 1)
@@ -180,7 +175,7 @@ def recall(setting, draw, split, seed):
     key = np.where(noise, -1, draw(keys, P))         # -1 is a last column below, which is not read
     shown = np.zeros((B, keys + 1), bool)
     np.put_along_axis(shown, key[:, :-1], True, 1)
-    key[:, -1] = np.where(shown[:, :keys], draw(2 ** 32, keys), -1).argmax(1)
+    key[:, -1] = np.where(shown[:, :keys], draw(2 ** 32, keys), -1).argmax(1)    # the highest die
     value = np.take_along_axis(keys + draw(values, keys + 1), key, 1)    # one value a key, anew
     junk = keys + values + draw(setting.noise_vocab_size, P, 2)
     tokens = np.where(noise[..., None], junk, np.stack([key, value], 2)).reshape(B, 2 * P)
@@ -207,11 +202,12 @@ def fuzzy_pairs(setting, draw, split):
     (keys, values), L, T = halves(setting), setting.max_motif, setting.seq_len
     P = T // 2 if split == "train" else T // (L + 1)     # T / the shortest pair
     key, value = motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)
-    key_len, value_len = 1 + draw(L, 2, P).swapaxes(0, 1)
-    if split == "train":
-        key = np.where(np.arange(L) < key_len[..., None], key, -1)
-    value = np.where(np.arange(L) < value_len[..., None], value, -1)
-    code = (key + 1) @ (keys + 1) ** np.arange(L)        # (B, P)
+    length = 1 + draw(L, 2, P)                           # (B, 2, P): of keys, of values
+    if split == "test":
+        length[:, 0] = L                                 # every key is whole
+    key = np.where(np.arange(L) < length[:, 0, :, None], key, -1)
+    value = np.where(np.arange(L) < length[:, 1, :, None], value, -1)
+    code = (key + 1) @ (keys + 1) ** np.arange(L)        # (B, P), a key's tokens as digits
     # One value a key: a key that was drawn before takes the value drawn with it then.
     value = np.take_along_axis(value, first_shown(code)[..., None], 1)
     return np.concatenate([key, value], 2), code
@@ -220,7 +216,6 @@ def fuzzy_pairs(setting, draw, split):
 def fuzzy_order(draw, size, T):
     """
     Sizes (B, P) -> which pair stands in which slot (B, P+1), and how many slots are used (B, 1).
-
     Pair 0 is the probe: it has the last slot and one drawn among all before, so that it is always
     in the context. (In mad-lab 1.6% of the training sequences end before it was placed.)
     """
@@ -235,10 +230,9 @@ def fuzzy_order(draw, size, T):
 
 def fuzzy_recall(setting, draw, split, seed):
     """
-    pad ... pad, then pairs of motifs: key tokens, value tokens, key tokens, value tokens, ...
-
-    Keys and values share no token, so a run of key tokens is one key and the run of value tokens
-    after it its value. Where a value ends, only its earlier appearance tells.
+    pad ... pad, then pairs of motifs: key tokens, value tokens, key tokens, value tokens, ... Keys
+    and values share no token, so a run of key tokens is one key and the run of value tokens after
+    it its value. Where a value ends, only its earlier appearance tells.
     """
     L, T = setting.max_motif, setting.seq_len
     pair, code = fuzzy_pairs(setting, draw, split)
@@ -257,35 +251,27 @@ def fuzzy_recall(setting, draw, split, seed):
     return shift(tokens, scored)
 
 
-def contexts(setting, inputs):
+def recall_oracle(setting, inputs, seed):
     """
-    (n, T), a number for what decides the next token: the key, and how many tokens of its value were
-    read since; where the next token is open, -1-t, which stands nowhere else in its row.
+    The rule of induction heads: what followed this context the first time? The context is the key,
+    its tokens as digits of one number, and how many tokens of its value were read since.
     """
     keys, values = halves(setting)
     L = setting.max_motif if setting.task.startswith("fuzzy") else 1
-    code, length, read = np.zeros((3, len(inputs)), np.int64)
-    out = np.empty_like(inputs)
-    for t in range(inputs.shape[1]):
-        token = inputs[:, t]
-        is_key, is_value = token < keys, (keys <= token) & (token < keys + values)
-        goes_on = read == 0                              # else this token starts another key
-        code = np.where(is_key, code * goes_on * (keys + 1) + token + 1, code)
-        length = np.where(is_key, length * goes_on + 1, length)
-        read = np.where(is_key, 0, read + 1)
+    is_key, is_value = inputs < keys, (keys <= inputs) & (inputs < keys + values)
+    key, read = np.zeros((2, len(inputs)), np.int64)
+    context = np.empty_like(inputs)
+    for t, token in enumerate(inputs.T):
+        longer = np.where(read == 0, key, 0) * (keys + 1) + token + 1    # or another key begins
+        key = np.where(is_key[:, t], longer, key)
+        read = np.where(is_key[:, t], 0, read + 1)
         # A key of less than L tokens may go on (in training), until a token of its value is read.
-        decided = is_key & (length == L) | is_value
-        out[:, t] = np.where(decided, code * (L + 1) + read, -1 - t)
-    return out
-
-
-def recall_oracle(setting, inputs, seed):
-    """The rule of induction heads: what followed this context the first time?"""
-    T, (keys, values) = inputs.shape[1], halves(setting)
-    first = first_shown(contexts(setting, inputs))
-    token = np.take_along_axis(inputs, np.minimum(first + 1, T - 1), 1)
-    is_value = (keys <= token) & (token < keys + values)             # else the value has ended
-    return np.where((first < np.arange(T)) & is_value, token, -1)
+        decided = np.where(is_key[:, t], key >= (keys + 1) ** (L - 1), is_value[:, t])
+        context[:, t] = np.where(decided, key * (L + 1) + read, -1 - t)      # -1 - t: only here
+    first = first_shown(context)
+    following = np.roll(np.where(is_value, inputs, -1), -1, 1)       # -1 where the value has ended
+    answer = np.take_along_axis(following, first, 1)
+    return np.where(first < np.arange(inputs.shape[1]), answer, -1)
 
 
 def selective_copying(setting, draw, split, seed):
@@ -306,9 +292,8 @@ def selective_copying(setting, draw, split, seed):
 
 def copying_oracle(setting, inputs, seed):
     n, answer = setting.num_tokens_to_copy, np.full_like(inputs, -1)
-    blank = inputs >= setting.vocab_size - 2             # or the copy token
-    tokens = np.argsort(blank, axis=1, kind="stable")[:, :n]         # places of the n, in order
-    answer[:, -n:] = np.take_along_axis(inputs, tokens, 1)
+    blank = inputs >= setting.vocab_size - 2             # or the copy token; the others come first
+    answer[:, -n:] = np.take_along_axis(inputs, blank.argsort(1, kind="stable")[:, :n], 1)
     return answer
 
 
@@ -319,13 +304,8 @@ def compression(setting, draw, split, seed):
     return inputs, inputs
 
 
-def compression_chance(setting):
-    """The last of T tokens is always the same: no guess."""
-    return (1 + (setting.seq_len - 1) / (setting.vocab_size - 1)) / setting.seq_len
-
-
 def facts(setting, seed):
-    """The fixed map of memorization, (keys,): it belongs to task and seed, not to a split."""
+    """The fixed map of memorization, (keys,): it belongs to setting and seed, not to a split."""
     keys, values = halves(setting)
     return keys + dice(setting, seed, "facts")(values, -(-keys // B)).ravel()[:keys]
 
@@ -355,7 +335,8 @@ class Task:
     about: str                 # the question that it asks
     make: Callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
     oracle: Callable           # (setting, inputs (n, T), seed) -> right answers, -1 where open
-    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on
+    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on;
+                               # of keys, values and tokens two, for with one there is no choice
     chance: Callable = lambda setting: 1 / halves(setting)[1]        # one of the values
     even: bool = False         # T must be
     shifted: bool = False      # the next token is the target: T - 1 positions
@@ -380,11 +361,12 @@ TASKS = {
         lambda s: (4, 3, ""), lambda s: 1 / (s.vocab_size - 2)),
     "compression": Task(
         "the vector at the last position must hold the whole sequence", compression,
-        lambda setting, inputs, seed: inputs.copy(), lambda s: (3, 2, ""), compression_chance,
-        backbone="autoencoder"),
+        lambda setting, inputs, seed: inputs.copy(), lambda s: (3, 2, ""),
+        # The last of T tokens is always the same: no guess.
+        lambda s: (1 + (s.seq_len - 1) / (s.vocab_size - 1)) / s.seq_len, backbone="autoencoder"),
     "memorization": Task(
-        "which value has this key in the task's one fixed map?", memorization,
-        memorization_oracle, lambda s: (5, 2, ""), even=True),
+        "which value has this key in the task's one fixed map?", memorization, memorization_oracle,
+        lambda s: (5, 2, ""), even=True),
 }
 
 BASELINES = {s.task: s for s in (
@@ -421,9 +403,8 @@ def mad_settings(task=None):
 def generate(setting, n, seed, split):
     """
     inputs, targets: int64 (n, setting.length), the same for the same arguments on every machine.
-
     The first n sequences of a larger n are the same ones. The splits "train" and "test" come from
-    independent streams: they share a sequence only by chance, where there are few.
+    independent streams: they share a sequence only by chance, where few are possible.
     """
     if split not in ("train", "test"):
         raise unknown("split", split, ("train", "test"))
@@ -440,17 +421,14 @@ def generate(setting, n, seed, split):
 
 
 def chance(setting):
-    """
-    Expected test accuracy of a guess that looks neither at the sequence nor at other data: 1 in the
-    number of possible answers.
-    """
+    """Expected test accuracy of a blind guess: 1 in the number of possible answers."""
     return TASKS[setting.task].chance(setting)
 
 
 def ceiling(setting):
     """
-    Test accuracy that no model is expected to exceed. 1, but for memorization: the part of the
-    facts that the training data show (mean 0.913). Guessing the rest adds less than 0.0002.
+    Test accuracy that no model is expected to exceed: 1, but for memorization the part of the facts
+    that the training data show (0.913 over its settings). Guessing the rest adds less than 0.0002.
     """
     if setting.task != "memorization":
         return 1.0
@@ -488,24 +466,23 @@ def get_encoding(name):
     import tiktoken
     if name not in tiktoken.list_encoding_names():
         raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names()])
-    found = []
+    found = {"error": "no answer in 20 seconds"}
 
     def fetch():
         try:
-            found.append(tiktoken.get_encoding(name))
+            found["encoding"] = tiktoken.get_encoding(name)
         except Exception as error:           # no network, proxy, a captive portal's wrong hash, ...
-            found.append(" ".join(f"{type(error).__name__}: {error}".split())[:120])
+            found["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(20)
-    if found and not isinstance(found[0], str):
-        return found[0]
-    why = found[0] if found else "no answer in 20 seconds"
+    if "encoding" in found:
+        return found["encoding"]
     raise ValueError(
-        f"cannot get tiktoken's {name} ({why}). Use --tokenizer bytes; or, on a machine with "
-        f"network, run TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken.get_encoding("
-        f"'{name}')\", copy DIR to this machine and set TIKTOKEN_CACHE_DIR to it")
+        f"cannot get tiktoken's {name} ({found['error']}). Use --tokenizer bytes; or, on a machine "
+        f"with network, run TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken."
+        f"get_encoding('{name}')\", copy DIR to this machine and set TIKTOKEN_CACHE_DIR to it")
 
 
 def vocab_size(tokenizer):
@@ -537,14 +514,14 @@ def read_text(files):
 def tokenize(files, tokenizer):
     """Ids of the files' text, from the cache if this content was tokenized before."""
     from tqdm import tqdm
-    digest, size, M = hashlib.sha256(), sum(f.stat().st_size for f in files), vocab_size(tokenizer)
+    digest, size = hashlib.sha256(), sum(f.stat().st_size for f in files)
     for text in read_text(files):                        # finds bad text before any work is done
         digest.update(text.encode())
     if not size:
         raise ValueError(f"{files[0]} holds no text")
     if tokenizer == "bytes" and len(files) == 1:
         return np.memmap(files[0], np.uint8, "r")
-    dtype = np.uint8 if M <= 1 << 8 else np.uint16 if M <= 1 << 16 else np.uint32
+    dtype = np.min_scalar_type(vocab_size(tokenizer) - 1)            # uint8, uint16 or uint32
     folder = Path(os.environ.get("NANOMAD_CACHE") or Path.home() / ".cache" / "nanomad")
     path = folder / f"{digest.hexdigest()}-{tokenizer}.bin"
     if not path.exists():
@@ -567,16 +544,15 @@ def open_tokens(path):
     """.npy; llm.c's shards (a header of 256 int32: magic, version, count); nanoGPT's raw uint16."""
     if path.suffix == ".npy":
         try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-            tokens.ndim                                  # an .npz by another name has none
-        except (ValueError, EOFError, AttributeError) as error:
+            tokens = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:           # a damaged header ends in errors of many kinds
             raise ValueError(f"{path} is not a readable .npy of integers: {error}") from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
             raise ValueError(f"{path} is {tokens.dtype} {tokens.shape}; needed: integers (n,)")
         return tokens
-    size, header = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
-    if header[:1] and header[0] in MAGICS:               # (as raw uint16 no token of gpt2's)
-        version, count = (header + [0, 0])[1:3]
+    size = path.stat().st_size
+    magic, version, count = (np.fromfile(path, "<i4", 3).tolist() + [0, 0, 0])[:3]
+    if magic in MAGICS:                                  # (as raw uint16 no token of gpt2's)
         if version not in SHARDS:
             raise ValueError(f"{path} is a shard of version {version}; known: {list(SHARDS)}")
         promised = 1024 + count * np.dtype(SHARDS[version]).itemsize
@@ -586,6 +562,21 @@ def open_tokens(path):
     if not size or size % 2:
         raise ValueError(f"{path} has {size} bytes: neither a shard nor raw uint16 tokens")
     return np.memmap(path, "<u2", "r")
+
+
+def library_files():
+    """Every .py file of Python's standard library but its tests, in order of path."""
+    root, files = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, inside, names in os.walk(root):
+        inside[:] = set(inside) - NOT_CORPUS             # os.walk skips what is removed here
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise ValueError(f"{root} has no .py files: this Python comes without sources; give --data")
+    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
+
+
+def pieces(tokens):
+    return (tokens[i:i + PIECE] for i in range(0, len(tokens), PIECE))
 
 
 def load_tokens(path, tokenizer="bytes"):
@@ -603,15 +594,15 @@ def load_tokens(path, tokenizer="bytes"):
         raise FileNotFoundError(f"{path} does not exist")
     if path.suffix in (".npy", ".bin") and path.is_file():
         tokens = open_tokens(path)
-        lows, highs = zip(*((p.min(), p.max()) for p in pieces(tokens)))
-        low, high = min(lows), max(highs)
-        if low < 0 or high >= M:
-            raise ValueError(f"{path} has token ids {low} to {high}, beyond the {M} of {tokenizer}:"
-                             f" name the tokenizer it was made with, such as --tokenizer gpt2")
+        ends = [end for piece in pieces(tokens) for end in (piece.min(), piece.max())]
+        if min(ends) < 0 or max(ends) >= M:
+            raise ValueError(f"{path} has token ids {min(ends)} to {max(ends)}, beyond the {M} of "
+                             f"{tokenizer}: name the tokenizer it was made with, such as "
+                             f"--tokenizer gpt2")
         return tokens
     hidden = lambda f: any(part.startswith(".") for part in f.relative_to(path).parts)
-    files = ([path] if path.is_file() else
-             sorted(f for f in path.rglob("*") if f.is_file() and not hidden(f)))
+    files = [f for f in sorted(path.rglob("*")) if f.is_file() and not hidden(f)]
+    files = [path] if path.is_file() else files
     if not files:
         raise ValueError(f"{path} is a folder without files")
     for f in files:
@@ -621,33 +612,20 @@ def load_tokens(path, tokenizer="bytes"):
     return tokenize(files, tokenizer)
 
 
-def pieces(tokens):
-    return (tokens[i:i + PIECE] for i in range(0, len(tokens), PIECE))
-
-
 def token_stats(tokens, tokenizer="bytes"):
     """(how many, the vocabulary they need, bytes of text a token or None if unknown: offline)."""
-    top = max(int(piece.max()) for piece in pieces(tokens))
+    n, least = len(tokens), int(tokens.max()) + 1
+    if tokenizer == "bytes":
+        return n, least, 1.0
     try:
-        encoding = None if tokenizer == "bytes" else get_encoding(tokenizer)
-    except ValueError:
-        return len(tokens), top + 1, None
-    count = len(tokens)
-    if encoding:                                         # end-of-text tokens stand for no byte
+        encoding = get_encoding(tokenizer)               # end-of-text tokens stand for no byte
         count = sum(len(encoding.decode_bytes(piece[piece != encoding.eot_token].tolist()))
                     for piece in pieces(tokens))
-    return len(tokens), top + 1, count / len(tokens)
-
-
-def library_files():
-    """Every .py file of Python's standard library but its tests, in order of path."""
-    root, files = Path(sysconfig.get_paths()["stdlib"]), []
-    for folder, inside, names in os.walk(root):
-        inside[:] = set(inside) - NOT_CORPUS             # os.walk skips what is removed here
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not files:
-        raise ValueError(f"{root} has no .py files: this Python comes without sources; give --data")
-    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
+    except ValueError:
+        return n, least, None
+    except KeyError as error:                            # an id between the vocabulary's
+        raise ValueError(f"these are not tokens of {tokenizer}: {error}") from None
+    return n, least, count / n
 
 
 # -------------------------------------------------------------------------------------------------
@@ -657,15 +635,12 @@ def library_files():
 def show(setting, seed):
     """One short test sequence, and the accuracies on the test data of the paper's baseline."""
     width = len(str(setting.vocab_size - 1)) + 1
-
-    def row(name, cells):
-        print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
-
     (x,), (y,) = generate(setting, 1, seed, "test")
     print(f"{setting.task}: {TASKS[setting.task].about}")
-    row("input", x)
-    row("target", ["." if t == IGNORE else t for t in y])
-    row("scored", ["" if t == IGNORE else "^" * len(str(t)) for t in y])
+    rows = {"input": x, "target": ["." if t == IGNORE else t for t in y],
+            "scored": ["" if t == IGNORE else "^" * len(str(t)) for t in y]}
+    for name, cells in rows.items():
+        print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
     base = BASELINES[setting.task]
     inputs, targets = generate(base, base.num_test, seed, "test")
     print(f"  At baseline (M {base.vocab_size}, T {base.seq_len}, {base.num_test} tests): oracle "
