@@ -142,7 +142,8 @@ class Model(nn.Module):
     """
     pattern names the layers (module docstring), the first of which reads the embedding; vocab_size
     is M and dim D; max_len is the longest sequence, in which implicit filters measure time. Layers
-    initialise themselves; only the embedding, which is the model's own, is set here.
+    initialise themselves; only the embedding, which is the model's own, is set here. Raises
+    ValueError for an unknown layer, setting or backbone.
     """
 
     def __init__(self, pattern, vocab_size, dim=128, max_len=128, backbone="lm"):
@@ -184,11 +185,13 @@ class Model(nn.Module):
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None):
         """
-        Continue tokens (B, T), T >= 1, by n more, through `step`; temperature 0 is greedy.
-        Returns (B, T + n). A language model only: ValueError for an autoencoder.
+        Continue tokens (B, T) by n more, through `step`; temperature 0 is greedy. Returns
+        (B, T + n). Raises ValueError for an autoencoder and for T = 0.
         """
         if self.decoder is not None:
             raise ValueError("generate needs a language model; this one is an autoencoder")
+        if not tokens.shape[1]:
+            raise ValueError("generate needs at least one token to go on from")
         state = self.init_state(len(tokens))
         for token in tokens.unbind(1):
             logits, state = self.step(token, state)
@@ -283,7 +286,7 @@ def show_ledger(model, T):
 LEGEND = """
 paper state   numbers at T = 128 as the paper counts them; 4096 is its common size at width 128.
               Beside it: RWKV's channel mixers keep the token before (the width), heads of 8 give
-              mh-linear-attention 2048, and one wide head or attention is not normalised
+              mh-linear-attention 2048; attention and layers of one wide head have their own
 + a token     what of it grows with T: keys and values of attention (a stripe's other layers: none)
 carried       numbers that `step` really keeps at T = 128, and at 4096: with short convolutions'
               tails, normalisers, and the history of inputs that an implicit filter needs (a modal

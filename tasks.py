@@ -74,14 +74,14 @@ class Setting:
             if field.type is int:
                 low = 1 if noisy or field.name != "noise_vocab_size" else 0
                 value = whole(field.name, getattr(self, field.name), low)
-                vars(self)[field.name] = value                       # for self is frozen
+                object.__setattr__(self, field.name, value)          # self is frozen
         f = self.frac_noise
         if isinstance(f, bool) or not isinstance(f, numbers.Real) or not 0 <= f < 1:
             raise ValueError(f"frac_noise is {f!r}; permitted: a number in [0, 1)")
         if not noisy and (f or self.noise_vocab_size):
             raise ValueError(f"frac_noise is {f!r}, noise_vocab_size is {self.noise_vocab_size}; "
                              f"permitted: 0 and 0, for only noisy-in-context-recall has noise")
-        vars(self)["frac_noise"] = float(f)
+        object.__setattr__(self, "frac_noise", float(f))
         M, T = self.vocab_size, self.seq_len
         least_M, least_T, given = task.least(self)
         whole("vocab_size", M, least_M, given=given)
@@ -134,6 +134,8 @@ def dice(setting, seed, *label):
     bits = np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "big")))
 
     def draw(high, *shape):
+        if high > 1 << 32:
+            raise ValueError(f"{high:,} kinds of token, permitted: at most 2^32; lower vocab_size")
         count = B * int(np.prod(shape))
         raw = bits.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
         # x * high / 2^32 is biased by at most high / 2^32 (2e-6 for 8192 ids), and never retries.
