@@ -911,23 +911,21 @@ def test_readme_shows_what_is_recorded():
         path.name for path in (HERE / "results").iterdir()}
 
 
-def test_recorded_mad_table_is_that_of_the_records(capsys):
-    assert not scaling.main(["table", "--mad", str(HERE / "results" / "mad" / "quick")])
-    assert capsys.readouterr().out == (HERE / "results" / "mad" / "table.md").read_text()
-
-
-def test_recorded_mad_scores_and_losses_are_as_compared(capsys):
-    assert not scaling.main(["compare", "--mad", str(HERE / "results" / "mad" / "quick"),
+def test_recorded_mad_tables_are_those_of_the_records(capsys):
+    mad, readme = HERE / "results" / "mad", (HERE / "README.md").read_text()
+    assert not scaling.main(["table", "--mad", str(mad / "quick")])
+    assert capsys.readouterr().out == (mad / "table.md").read_text()
+    assert not scaling.main(["compare", "--mad", str(mad / "quick"),
                              "--runs", str(HERE / "results" / "mad-loss.csv")])
-    said, readme = capsys.readouterr().out, (HERE / "README.md").read_text()
+    said = capsys.readouterr().out
     assert said == (HERE / "results" / "mad-loss.txt").read_text()
     rho, p, n = re.search(r"rho (\S+)  p (\S+)  n (\d+)", said).groups()
     assert f"score and loss is {float(rho):.2f}, n = {n}, p = {float(p):.2g}" in readme
-    for line in (HERE / "results" / "mad" / "experiments.jsonl").read_text().splitlines():
+    for line in (mad / "experiments.jsonl").read_text().splitlines():
         run = json.loads(line)
         row = next(r for r in readme.splitlines() if r.startswith(f"| {run['arch']}, "))
         records = [json.loads(p.read_text()) for p in sorted(
-            (HERE / "results" / "mad" / "quick").glob(f"{run['arch']}_seed?.json"))]
+            (mad / "quick").glob(f"{run['arch']}_seed?.json"))]
         seeds = ", ".join(f"{100 * r['tasks'][run['task']]['macro']:.1f}" for r in records)
         assert f" {100 * run['macro']:.1f} ({seeds}) |" in row
 
@@ -1366,83 +1364,99 @@ def test_problems_solved_together_equal_problems_solved_alone():
 
 @pytest.fixture(scope="module")
 def runs_csv(tmp_path_factory):
-    """Three architectures, the second 3% better, the third 6%; three budgets of five sizes."""
+    """
+    Three architectures, the second 3% better, the third 6%; three budgets of five sizes. Beside it
+    mad.csv: their MAD scores.
+    """
     N, D = sizes_of(BUDGETS[::2], 5)
     parts = [dict(N=N, D=D, loss=law(N, D, **LAW) * (1 - 0.03 * i), arch=np.repeat(arch, len(N)),
                   state=(i + 1) * N ** 0.5) for i, arch in enumerate(("one", "two", "three"))]
-    return write_csv(tmp_path_factory.mktemp("runs") / "runs.csv",
-                     **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
+    path = tmp_path_factory.mktemp("runs") / "runs.csv"
+    path.with_name("mad.csv").write_text("arch,mean\none,0.5\ntwo,0.6\nthree,0.7\nother,0.9\n")
+    return write_csv(path, **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 
 
-def test_fit_prints_one_json_object(runs_csv, tmp_path, capsys):
-    few = tmp_path / "one.csv"
+@pytest.fixture
+def says(capsys):
+    """What a command of scaling.py prints, in this process, if it ends with `status`."""
+    def run(*args, status=0):
+        try:
+            ended = scaling.main([*map(str, args)])
+        except SystemExit as stop:
+            ended = stop.code
+        assert (ended or 0) == status
+        return capsys.readouterr()
+    return run
+
+
+def test_fit_prints_one_json_object(runs_csv, tmp_path, says):
+    few, draws = tmp_path / "one.csv", tmp_path / "draws.npz"
     few.write_text("".join(runs_csv.read_text().splitlines(True)[:16]))
-    options = ["--bootstrap", "30", "--target", "1e21", "--draws", str(tmp_path / "draws.npz")]
-    assert not scaling.main(["fit", str(few), "--json", *options])
-    text = capsys.readouterr().out
+    text = says("fit", few, "--json", "--bootstrap", 30, "--target", "1e21", "--draws", draws).out
     out = json.loads(text)
     assert text.count("\n") == 1 and {"a", "b", "intervals"} <= out["isoflop"].keys()
     for name in ("parametric", "variable_projection"):
-        assert {"E", "A", "B", "alpha", "beta", "objective", "rss",
-                "intervals"} <= out[name].keys()
+        assert {"A", "B", "beta", "objective", "rss", "intervals"} <= out[name].keys()
         assert out[name]["alpha"] == pytest.approx(LAW["alpha"], rel=1e-6)
         assert out[name]["target"]["C"] == 1e21 and len(out[name]["intervals"]["E"]) == 2
+        assert out[name]["E"] == pytest.approx(LAW["E"], rel=1e-6)
     assert out["archs"].keys() == {"one"} and out["state_law"]["c"] < 0 and out["hold_out"]
     assert out["parabola_bias"]["parametric"]["a_parabola_less_law"] == pytest.approx(
         out["isoflop"]["a"] - out["parametric"]["a"])
-    draws = np.load(tmp_path / "draws.npz")
-    assert draws["one/parametric/alpha"].shape == (30,)
+    assert np.load(draws)["one/parametric/alpha"].shape == (30,)
 
 
-def test_fit_reports_every_architecture(runs_csv, capsys, few_starts):
-    assert not scaling.main(["fit", str(runs_csv), "--bootstrap", "20"])
-    text = capsys.readouterr().out
+def test_fit_reports_every_architecture(runs_csv, says, few_starts):
+    text = says("fit", runs_csv, "--bootstrap", 20).out
     for word in ("one  runs 15", "three  runs 15", "all together  runs 45", "state_law", "hold_out",
                  "! 3 architectures pooled as if they were one", "alpha 0.347", "overtraining"):
         assert word in text
 
 
-def test_compare_ranks_architectures(runs_csv, tmp_path, capsys):
-    scores = tmp_path / "mad.csv"
-    scores.write_text("arch,mean\none,0.5\ntwo,0.6\nthree,0.7\nother,0.9\n")
-    assert not scaling.main(["compare", "--mad", str(scores), "--runs", str(runs_csv), "--json"])
-    rows = json.loads(capsys.readouterr().out)
+def test_compare_ranks_architectures(runs_csv, says):
+    args = ["compare", "--mad", runs_csv.with_name("mad.csv"), "--runs", runs_csv]
+    rows = json.loads(says(*args, "--json").out)
     assert [r["rho"] for r in rows] == pytest.approx([-1] * 3) and rows[0]["n"] == 3
     assert rows[0]["p"] == pytest.approx(1 / 3) and rows[-1]["C"] == pytest.approx(1e20)
     assert rows[0]["loss"]["three"] < rows[0]["loss"]["one"] and rows[0]["flags"] == []
-    assert not scaling.main(["compare", "--mad", str(scores), "--runs", str(runs_csv)])
-    assert "rho -1" in capsys.readouterr().out
+    assert "rho -1" in says(*args).out
 
 
-def test_plot_writes_an_image(runs_csv, tmp_path):
+def test_plot_writes_an_image(runs_csv, tmp_path, says):
     pytest.importorskip("matplotlib")
-    scores, image = tmp_path / "mad.csv", tmp_path / "plots.png"
-    scores.write_text("arch,mean\none,0.5\ntwo,0.6\nthree,0.7\n")
-    assert not scaling.main(["plot", str(runs_csv), "--out", str(image), "--mad", str(scores)])
+    scores, image, one = runs_csv.with_name("mad.csv"), tmp_path / "all.png", tmp_path / "one.png"
+    says("plot", runs_csv, "--out", image, "--mad", scores)
     assert image.read_bytes().startswith(b"\x89PNG") and image.stat().st_size > 50_000
-    args = ["--mad", str(scores), "--runs", str(runs_csv), "--plot", str(tmp_path / "mad.png")]
-    assert not scaling.main(["compare", *args])
-    width, height = struct.unpack(">II", (tmp_path / "mad.png").read_bytes()[16:24])
-    assert (width, height) == (5 * 130, 4 * 130)                           # one panel
+    says("compare", "--mad", scores, "--runs", runs_csv, "--plot", one)
+    assert struct.unpack(">II", one.read_bytes()[16:24]) == (5 * 130, 4 * 130)     # one panel
 
 
-@pytest.mark.parametrize("csv, args, message", [
-    (None, [], "No such file"), ("", [], "no rows"), ("N,D\n1,2\n", [], "no column loss in N, D"),
-    ("N,D,loss\n1,2,three\n", [], "line 2, loss: 'three' is not a number"),
-    ("N,D,loss\n1e8,1e9,3\n", [], "power laws need two budgets"),
-    ("N,D,loss\n1e8,1e9,\n", [], "no usable run"), ("N,D,loss\n1,2,3\n", ["--target", "-1"], "-1"),
-    ("N,D,loss\n1,2,3\n", ["--bootstrap", "few"], "few")])
-def test_mistakes_with_runs_end_in_one_line(csv, args, message, tmp_path, capsys):
-    path = tmp_path / "runs.csv"
+@pytest.mark.parametrize("csv, line, message", [
+    (None, "fit runs.csv", "No such file"), ("", "fit runs.csv", "no rows"),
+    ("N,D\n1,2\n", "fit runs.csv", "no column loss in N, D"),
+    ("N,D,loss\n1,2,three\n", "fit runs.csv", "line 2, loss: 'three' is not a number"),
+    ("N,D,loss\n1e8,1e9,3\n", "fit runs.csv", "power laws need two budgets"),
+    ("N,D,loss\n1e8,1e9,\n", "fit runs.csv", "no usable run"),
+    ("N,D,loss\n1,2,3\n", "fit runs.csv --target -1", "-1"),
+    ("N,D,loss\n1,2,3\n", "fit runs.csv --bootstrap few", "few")] + [
+    (None, line, message) for line, message in [
+        ("sweep --archs hybird", "did you mean hybrid"), ("plan --archs ''", "unknown"),
+        ("plan --archs mh-hyena@33", "0, 8.3, 25, 50, 100%"), ("sweep --sizes 4", "above 4"),
+        ("plan --archs transformer@25", "other than attention"), ("sweep --budgets 1e6", "no run"),
+        ("plan --budgets 1e18,-1", "-1 must be"), ("plan --utilisation 0", "0"),
+        ("plan --card H1000", "H1000"), ("sweep --tokenizer bites", "bites"),
+        ("plan --sizes 58", "23 sizes to choose from, 7.1e+07 to 6.4e+09"),
+        ("sweep --sizes 99", "--sizes 99: there are only 57 sizes"),
+        ("sweep --data nowhere.txt", "nowhere.txt")]])
+def test_mistakes_with_commands_end_in_one_line(csv, line, message, tmp_path, says, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if csv is not None:
-        path.write_text(csv)
-    try:
-        status = scaling.main(["fit", str(path), *args])
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    assert status == 2 and message in error and "Traceback" not in error
-    assert error.splitlines()[-1].startswith("scaling.py") or "error:" in error.splitlines()[-1]
+        (tmp_path / "runs.csv").write_text(csv)
+    error = says(*shlex.split(line), status=2).err
+    last = error.splitlines()[-1]
+    assert message in last and "Traceback" not in error
+    assert last.startswith("scaling.py") or "error:" in last
+    assert {p.name for p in tmp_path.iterdir()} <= {"runs.csv"}          # nothing is left behind
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1486,11 +1500,11 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def test_sweep_trains_isoflop_groups_that_fit_reads(trained, few_starts, tmp_path, capsys):
-    out = tmp_path / "sweep"
-    assert not scaling.main([*SWEEP, "--out", str(out), "--seed", "3"])
-    rows, configs = read_rows(out / "runs.csv"), trained.configs
-    assert len(rows) == len(configs) == 2 * 2 * 7 and "28 of 28 runs" in capsys.readouterr().out
+def test_sweep_trains_isoflop_groups_that_fit_reads(trained, few_starts, tmp_path, says):
+    path, archs = tmp_path / "sweep" / "runs.csv", ("transformer", "hybrid")
+    assert "28 of 28 runs" in says(*SWEEP, "--out", path.parent, "--seed", 3).out
+    rows, configs = read_rows(path), trained.configs
+    assert len(rows) == len(configs) == 2 * 2 * 7
     for row, config in [*zip(rows, configs)][::3]:
         budget, N, D, C = (float(row[k]) for k in ("budget", "N", "D", "C"))
         m = model.Model(config.layers, 256, config.dim, config.context)
@@ -1498,72 +1512,68 @@ def test_sweep_trains_isoflop_groups_that_fit_reads(trained, few_starts, tmp_pat
         per_token = 3 * model.total(entries).flops / 128
         assert D == config.steps * config.batch_size * 128 and C == pytest.approx(per_token * D)
         assert abs(C - budget) <= per_token * config.batch_size * 128 / 2 * 1.001
-        assert N == sum(p.numel() for p in m.parameters()) - 2 * 256 * config.dim
-        assert int(row["N_total"]) == sum(p.numel() for p in m.parameters())
+        assert int(row["N_total"]) == N + 2 * 256 * config.dim == sum(
+            p.numel() for p in m.parameters())
         assert float(row["state"]) == model.total(entries).nominal
         assert config.steps >= scaling.LEAST_STEPS and 0.008 <= config.warmup / config.steps < 0.051
         assert config.lr == pytest.approx(3e-3 * (64 / config.dim) ** 0.5, rel=1e-3)
         assert (config.clip, config.beta2, config.weight_decay, config.seed) == (1, 0.95, 0.1, 3)
         assert config.task == "text" and float(row["epochs"]) == pytest.approx(D / 1e7, abs=1e-4)
-    for arch, budget in itertools.product(("transformer", "hybrid"), (1e12, 1e13)):
+    for arch, budget in itertools.product(archs, (1e12, 1e13)):
         group = [r for r in rows if r["arch"] == arch and float(r["budget"]) == budget]
         sizes = [float(r["N"]) * (6 * 60 / budget) ** 0.5 for r in group]      # N / N*
         assert len({r["N"] for r in group}) >= 5 and len({r["batch"] for r in group}) == 1
         assert 0.15 < min(sizes) < 0.4 and 2.5 < max(sizes) < 5
     batches = [int(r["batch"]) for r in rows]
     assert batches == sorted(batches) and batches[0] < batches[-1]
-    shapes = {a: [(r["width"], r["depth"]) for r in rows if r["arch"] == a] for a in
-              ("transformer", "hybrid")}
-    assert shapes["transformer"] == shapes["hybrid"]
-    assert set(scaling.read_runs(out / "runs.csv")) == {"transformer", "hybrid"}
-    assert not scaling.main(["fit", str(out / "runs.csv"), "--bootstrap", "5"])
-    text = capsys.readouterr().out
+    shapes = [[(r["width"], r["depth"]) for r in rows if r["arch"] == a] for a in archs]
+    assert shapes[0] == shapes[1] and set(scaling.read_runs(path)) == set(archs)
+    text = says("fit", path, "--bootstrap", 5).out
     assert "hybrid  runs 14" in text and text.count("isoflop  failed 0  a 0.") == 3
 
 
-def test_sweep_goes_on_and_loses_nothing(trained, tmp_path, capsys):
-    args = [*SWEEP[:-1], "1e12", "--sizes", "5", "--out", str(tmp_path)]
+def test_sweep_goes_on_and_loses_nothing(trained, tmp_path, says):
+    path = tmp_path / "runs.csv"
+    args = [*SWEEP[:-1], "1e12", "--sizes", "5", "--out", tmp_path]
     trained.train.stop = 3
-    assert scaling.main(args) == 128 + signal.SIGINT and len(read_rows(tmp_path / "runs.csv")) == 3
-    assert "stopped at step 3 of 9; finished runs, if any, are in" in capsys.readouterr().err
+    error = says(*args, status=128 + signal.SIGINT).err
+    assert "stopped at step 3 of 9; finished runs, if any, are in" in error
+    assert len(read_rows(path)) == 3
     trained.train.stop = None
     trained.fail.add(bad := "hybrid_1e12_64x2_seed0")
-    assert scaling.main(args) == 1
-    said = capsys.readouterr()
+    said = says(*args, status=1)
     assert "9 of 10 runs" in said.out and f"failed: {bad}: the loss is nan at step 7" in said.err
-    rows = read_rows(tmp_path / "runs.csv")
-    assert len(rows) == 10 and [r["loss"] == "" for r in rows].count(True) == 1
-    assert scaling.read_runs(tmp_path / "runs.csv")["hybrid"].dropped == dict(loss=1)
+    losses = [r["loss"] for r in read_rows(path)]
+    assert len(losses) == 10 and losses.count("") == 1
+    assert scaling.read_runs(path)["hybrid"].dropped == dict(loss=1)
     assert len({c.name for c in trained.configs}) == len(trained.configs) == 9   # each trained once
     trained.fail.clear()
-    assert not scaling.main(args) and len(trained.configs) == 10
-    before = read_rows(tmp_path / "runs.csv")
-    assert not scaling.main(["sweep", "--archs", "mamba", *args[3:]])   # another sweep, same CSV
-    rows = read_rows(tmp_path / "runs.csv")
+    says(*args)
+    before = read_rows(path)
+    assert len(trained.configs) == 10
+    says("sweep", "--archs", "mamba", *args[3:])         # another sweep, the same CSV
+    rows = read_rows(path)
     assert rows[:10] == before and [r["arch"] for r in rows[10:]] == ["mamba"] * 5
     assert {p.name for p in tmp_path.iterdir()} == {"runs.csv"}         # no temporary file
 
 
-def test_ratios_of_attention_are_exact_at_the_same_shapes(trained, tmp_path):
+def test_ratios_of_attention_are_exact_at_the_same_shapes(trained, tmp_path, says):
     ratios = {"0": 0, "8.3": 1 / 12, "25": 1 / 4, "50": 1 / 2, "100": 1}
-    archs = ",".join(f"mh-hyena@{r}" for r in ratios)
-    assert not scaling.main(["sweep", "--archs", archs, "--budgets", "1e13", "--out",
-                             str(tmp_path)])
+    says("sweep", "--archs", ",".join(f"mh-hyena@{r}" for r in ratios), "--budgets", "1e13",
+         "--out", tmp_path)
     rows = read_rows(tmp_path / "runs.csv")
     for ratio, share in ratios.items():
-        mine = [(c.layers, c.dim) for c, r in zip(trained.configs, rows)
-                if r["arch"] == f"mh-hyena@{ratio}"]
-        for layers_, _ in mine:
-            mixers = [name for name, _ in model.parse_pattern(layers_)][::2]
+        mine = [c for c, r in zip(trained.configs, rows) if r["arch"] == f"mh-hyena@{ratio}"]
+        for c in mine:
+            mixers = [name for name, _ in model.parse_pattern(c.layers)][::2]
             assert mixers.count("mh-attention") == share * len(mixers) and len(mixers) % 12 == 0
-        assert [w for _, w in mine] == [c.dim for c in trained.configs[:7]] and len(mine) == 7
+        assert [c.dim for c in mine] == [c.dim for c in trained.configs[:7]]
     assert scaling.family("mamba@50") == ("mamba mamba mh-attention swiglu", 2)
     assert scaling.family("hyena-moe@50")[0] == model.ARCHS["striped-hyena-moe"]
 
 
-def test_runs_of_too_few_steps_are_left_out(trained, tmp_path, capsys):
-    assert not scaling.main(["sweep", "--budgets", "2e10", "--out", str(tmp_path)])
-    said = capsys.readouterr().out.splitlines()
+def test_runs_of_too_few_steps_are_left_out(trained, tmp_path, says):
+    said = says("sweep", "--budgets", "2e10", "--out", tmp_path).out.splitlines()
     left = [line for line in said if line.startswith("left out: ")]
     assert left and len(left) + len(trained.configs) == 14 and "fewer than 50" in left[0]
     assert min(c.steps for c in trained.configs) >= 50
@@ -1585,15 +1595,13 @@ def test_every_architecture_is_priced_and_built_at_every_kind_of_width(arch):
     assert scaling.at_width(unit, 128).count("heads=16") == 0 or "mh-" in unit
 
 
-def test_plan_adds_up(capsys):
+def test_plan_adds_up(says):
     """One row worked by hand: the transformer of 24 blocks of width 1152, context 2048, GPT-2."""
-    assert not scaling.main(["plan", "--archs", "transformer", "--budgets", "8e19", "--card",
-                             "A100", "--utilisation", "0.5"])
-    text = capsys.readouterr().out
+    text = says("plan", "--archs", "transformer", "--budgets", "8e19", "--card", "A100",
+                "--utilisation", 0.5).out
     row = next(line for line in text.splitlines() if line.split()[2:4] == ["1152", "24"]).split()
     W = 1152
-    inner = model.Model("swiglu", 16, W).blocks[0].layer
-    mlp = sum(p.numel() for p in inner.parameters())
+    mlp = sum(p.numel() for p in model.Model("swiglu", 16, W).blocks[0].layer.parameters())
     N = 24 * (4 * W ** 2 + mlp + 2 * W) + W     # norms before each layer and last
     total = N + 2 * 50257 * W
     assert row[4:6] == [f"{N / 1e6:,.1f}", f"{total / 1e6:,.1f}"]
@@ -1605,73 +1613,49 @@ def test_plan_adds_up(capsys):
     assert float(row[10]) == pytest.approx(GB, abs=0.051)
     assert float(row[11]) == pytest.approx(8e19 / (312e12 * 0.5) / 3600, abs=0.06)
     assert "recalled, not checked" in text and "7 runs, 5.6" in text and "context 2048" in text
-    assert [scaling.batch_tokens(C) for C in (4e18, 8e18, 2e19, 4e19, 8e19)] == \
-        [2 ** 17, 2 ** 17, 2 ** 18, 2 ** 18, 2 ** 19]
-    big = scaling.price(scaling.at_width(" ".join([model.ARCHS["hybrid"]] * 16), 4096), 4096, 2048,
-                        50257)
-    assert scaling.SHAPES[-1] == (4096, 32) and 6.5e9 < big["N_total"] < 7.5e9   # the paper's 7B
-    runs = scaling.isoflop_runs(["transformer"], [4e18, 8e19], 2048, 50257, reach=9,
-                                limits=scaling.PAPER_SIZES)[0]
-    assert 7e7 < min(r["N"] for r in runs) < 7.5e7 and 6.5e9 < max(r["N"] for r in runs) < 7e9
-    assert not scaling.main(["plan", "--budgets", "8e19", "--card", "RTX 4090"])
-    said = capsys.readouterr()
+    said = says("plan", "--budgets", "8e19", "--card", "RTX 4090")
     assert "!" in said.out and not said.err              # 24 GB are not enough for all of them
-    many = ["plan", "--archs", "transformer", "--budgets", "4e18", "--sizes", "23"]
-    assert not scaling.main(many)                        # more than there are at that budget: said,
-    said = capsys.readouterr()                           # but none beyond the paper's sizes
+    said = says("plan", "--archs", "transformer", "--budgets", "4e18", "--sizes", 23)
+    # More than there are at that budget: said, but none beyond the paper's sizes.
     assert "! 5 of 23 sizes lie beyond 7e+07 to 1.6e+09" in said.err
     assert said.out.splitlines()[1].split()[4] == "72.9"             # the smallest, in millions
 
 
-@pytest.mark.parametrize("args, message", [
-    (["sweep", "--archs", "hybird"], "did you mean hybrid"), (["plan", "--archs", ""], "unknown"),
-    (["plan", "--archs", "mh-hyena@33"], "0, 8.3, 25, 50, 100%"),
-    (["plan", "--archs", "transformer@25"], "other than attention"),
-    (["plan", "--budgets", "1e18,-1"], "-1 must be"), (["sweep", "--sizes", "4"], "above 4"),
-    (["plan", "--card", "H1000"], "H1000"), (["sweep", "--tokenizer", "bites"], "bites"),
-    (["plan", "--utilisation", "0"], "0"), (["sweep", "--budgets", "1e6"], "no run"),
-    (["plan", "--sizes", "58"], "23 sizes to choose from, 7.1e+07 to 6.4e+09"),
-    (["sweep", "--sizes", "99"], "--sizes 99: there are only 57 sizes"),
-    (["sweep", "--data", "nowhere.txt"], "nowhere.txt")])
-def test_mistakes_with_sweeps_end_in_one_line(args, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        status = scaling.main(args)
-    except SystemExit as stop:
-        status = stop.code
-    error = capsys.readouterr().err
-    assert status == 2 and message in error.splitlines()[-1] and not list(tmp_path.iterdir())
+def test_sizes_and_batches_of_the_paper():
+    assert [scaling.batch_tokens(C) for C in (4e18, 8e18, 2e19, 4e19, 8e19)] == \
+        [2 ** 17, 2 ** 17, 2 ** 18, 2 ** 18, 2 ** 19]
+    hybrid = scaling.at_width(" ".join([model.ARCHS["hybrid"]] * 16), 4096)      # of 7B
+    assert 6.5e9 < scaling.price(hybrid, 4096, 2048, 50257)["N_total"] < 7.5e9
+    N = [r["N"] for r in scaling.isoflop_runs(["transformer"], [4e18, 8e19], 2048, 50257, reach=9,
+                                              limits=scaling.PAPER_SIZES)[0]]
+    assert scaling.SHAPES[-1] == (4096, 32) and 7e7 < min(N) < 7.5e7 and 6.5e9 < max(N) < 7e9
 
 
-def test_a_sweep_leaves_the_folder_of_another_run_alone(tmp_path, capsys):
+def test_a_sweep_leaves_the_folder_of_another_run_alone(tmp_path, says):
     (folder := tmp_path / "transformer_1e12_64x2_seed0").mkdir()
     (folder / "config.json").write_text("{}")
     (tmp_path / "text.txt").write_text("to be or not to be, " * 2000)
-    assert scaling.main(["sweep", "--archs", "transformer", "--budgets", "1e12", "--data",
-                         str(tmp_path / "text.txt"), "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "64x2_seed0 holds another run" in error and "choose another --out" in error
+    error = says("sweep", "--archs", "transformer", "--budgets", "1e12", "--out", tmp_path,
+                 "--data", tmp_path / "text.txt", status=2).err
+    assert re.search("64x2_seed0 holds another run.*choose another --out", error)
     assert {p.name for p in tmp_path.iterdir()} == {folder.name, "text.txt"}
 
 
-def test_two_sweeps_do_not_share_a_csv(trained, tmp_path, capsys):
+def test_two_sweeps_do_not_share_a_csv(trained, tmp_path, says):
     with train.claim(tmp_path / "out"):
-        assert scaling.main([*SWEEP, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert "in use by another process" in error and "choose another --out" in error
+        error = says(*SWEEP, "--out", tmp_path / "out", status=2).err
+    assert re.search("in use by another process.*choose another --out", error)
     assert not trained.configs
 
 
-def test_scaling_as_a_program_and_its_help(runs_csv, capsys):
+def test_scaling_as_a_program_and_its_help(runs_csv, says):
     done = subprocess.run([sys.executable, str(HERE / "scaling.py"), "compare", "--mad", runs_csv,
                            "--runs", runs_csv], text=True, capture_output=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no column mean" in done.stderr
     commands = ("fit", "compare", "plot", "sweep", "plan")
     for args in ([], *([name] for name in commands)):
-        with pytest.raises(SystemExit) as stop:
-            scaling.main([*args, "-h"])
-        text = capsys.readouterr().out
-        assert stop.value.code == 0 and "usage: " in text and "%%" not in text
+        text = says(*args, "-h").out
+        assert "usage: " in text and "%%" not in text
         assert all(name in text for name in commands if not args)
         assert ("mh-hyena@25" in text) == (args in (["sweep"], ["plan"]))
 
