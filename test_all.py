@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 import types
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,22 @@ def refused(message, act, *args, error=ValueError, **options):
         act(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def started(*args, cwd=None, **env):
+    """A Python process of one thread, under way."""
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def ended(process, timeout=300):
+    """What it has come to: returncode, stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 # =================================================================================================
@@ -282,7 +299,7 @@ def test_ceiling():
 
 
 def test_show():
-    out = subprocess.run([sys.executable, tasks.__file__], capture_output=True, text=True).stdout
+    out = ended(started(tasks.__file__)).stdout
     assert out.count("oracle 1.000") == 6 and max(map(len, out.splitlines())) <= 100
     assert tasks.chance(tasks.BASELINES[NOISY]) == 0.125 and "chance 0.125" in out
 
@@ -838,12 +855,11 @@ def snippet(start):
     return next(b for b in blocks if b.startswith(start))
 
 
-@pytest.mark.parametrize("file, start, before, name, options", [
-    ("layers.py", "class Retention", "def build_layer(", "retention",
-     ("--layers", "retention swiglu")),
-    ("tasks.py", "def reversal", "CHANGES = {", "reversal",
-     ("--layers", "mlp", "--task", "reversal"))])
-def test_readme_snippet_passes_the_generic_tests(file, start, before, name, options, tmp_path):
+@pytest.mark.parametrize("file, start, before, name, least, options", [
+    ("layers.py", "class Retention", "def build_layer(", "retention", 9, ()),
+    ("tasks.py", "def reversal", "CHANGES = {", "reversal", 3, ("--task", "reversal"))])
+def test_readme_snippet_passes_the_generic_tests(file, start, before, name, least, options,
+                                                 tmp_path):
     """In a copy of the project with the snippet put where the README says."""
     for path in HERE.glob("*.py"):
         shutil.copy(path, tmp_path)
@@ -851,12 +867,11 @@ def test_readme_snippet_passes_the_generic_tests(file, start, before, name, opti
     assert source.count("\n" + before) == 1
     (tmp_path / file).write_text(source.replace("\n" + before,
                                                 f"\n{snippet(start)}\n\n{before}"))
-    run = lambda *command: subprocess.run([sys.executable, *command], cwd=tmp_path, text=True,
-                                          capture_output=True, timeout=300)
-    tested = run("test_all.py", "-k", name + " and not readme")
-    passed = int(re.search(r"(\d+) passed", tested.stdout)[1]) if tested.returncode == 0 else 0
-    assert passed >= {"retention": 9, "reversal": 3}[name], tested.stdout[-2000:]
-    trained = run("train.py", *options, "--steps", "2", "--num-train", "128", "--compile", "off")
+    tested = ended(started("test_all.py", "-k", name + " and not readme", cwd=tmp_path))
+    passed = re.search(r"(\d+) passed", tested.stdout)
+    assert tested.returncode == 0 and int(passed[1]) >= least, tested.stdout[-2000:]
+    trained = ended(started("train.py", "--layers", "mlp" if options else name, *options, "--steps",
+                            2, "--num-train", 128, "--compile", "off", cwd=tmp_path))
     assert trained.returncode == 0, trained.stderr
 
 
@@ -897,13 +912,10 @@ def test_readme_shows_what_is_recorded():
         path.name for path in (HERE / "results").iterdir()}
 
 
-def test_recorded_mad_tables_are_those_of_the_records(capsys):
+def test_recorded_mad_tables_are_those_of_the_records(says):
     mad, readme = HERE / "results" / "mad", (HERE / "README.md").read_text()
-    assert not scaling.main(["table", "--mad", str(mad / "quick")])
-    assert capsys.readouterr().out == (mad / "table.md").read_text()
-    assert not scaling.main(["compare", "--mad", str(mad / "quick"),
-                             "--runs", str(HERE / "results" / "mad-loss.csv")])
-    said = capsys.readouterr().out
+    assert says("table", "--mad", mad / "quick").out == (mad / "table.md").read_text()
+    said = says("compare", "--mad", mad / "quick", "--runs", HERE / "results" / "mad-loss.csv").out
     assert said == (HERE / "results" / "mad-loss.txt").read_text()
     rho, p, n = re.search(r"rho (\S+)  p (\S+)  n (\d+)", said).groups()
     assert f"score and loss is {float(rho):.2f}, n = {n}, p = {float(p):.2g}" in readme
@@ -1633,8 +1645,7 @@ def test_two_sweeps_do_not_share_a_csv(trained, tmp_path, says):
 
 
 def test_scaling_as_a_program_and_its_help(runs_csv, says):
-    done = subprocess.run([sys.executable, str(HERE / "scaling.py"), "compare", "--mad", runs_csv,
-                           "--runs", runs_csv], text=True, capture_output=True, timeout=300)
+    done = ended(started(HERE / "scaling.py", "compare", "--mad", runs_csv, "--runs", runs_csv))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no column mean" in done.stderr
     commands = ("fit", "compare", "plot", "sweep", "plan")
     for args in ([], *([name] for name in commands)):
@@ -1649,9 +1660,8 @@ def test_scaling_as_a_program_and_its_help(runs_csv, says):
 # =================================================================================================
 
 
-def command(*args, cwd=None, **env):
-    return subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, args)], text=True,
-                          capture_output=True, cwd=cwd, timeout=300, env={**os.environ, **env})
+def command(*args, cwd=None):
+    return ended(started(HERE / "train.py", *args, cwd=cwd))
 
 
 SMALL = dict(task="in-context-recall", seq_len=16, num_train=512, dim=16, batch_size=128,
@@ -1769,12 +1779,11 @@ def test_run_folder_and_repetition(tmp_path, monkeypatch):
 def test_a_run_that_is_to_be_silent_is(tmp_path, capfd):
     train.train(short(tmp_path, steps=2), quiet)
     assert "2/2" in capfd.readouterr().err
-    with_note = short(tmp_path, steps=2, compile="on", num_train=64)
-    folder, _ = train.find_folder(with_note)
-    folder.mkdir()
+    config = short(tmp_path, steps=2, seed=1)
+    (folder := train.find_folder(config)[0]).mkdir()     # of another run, of which there is a note
     (folder / "config.json").write_text("{}")
-    train.train(dataclasses.replace(with_note, compile="off"), None)
-    assert capfd.readouterr() == ("", "")
+    train.train(config, None)
+    assert capfd.readouterr() == ("", "") and "holds another run" in train.find_folder(config)[1]
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
@@ -1805,13 +1814,11 @@ def test_macro_accuracy_is_torchmetrics():
     assert train.macro_accuracy(said, right, 9) == pytest.approx((1 / 2 + 1 + 0 + 0) / 4)
 
 
-def test_partial_batches_are_tested_whole(tmp_path):
-    data = train.TaskData(dataclasses.replace(tasks.BASELINES["in-context-recall"], num_train=300,
-                                              num_test=150), 128, 0, "cpu")
+def test_partial_batches_are_tested_whole():
+    data = train.TaskData(setting(RECALL, num_train=300, num_test=150), 128, 0, "cpu")
     batches = list(data.test_batches())
     assert [len(x) for x, _ in batches] == [128, 128] and data.epoch_steps == 2
-    scored_rows = sum(int((y != -100).any(1).sum()) for _, y in batches)
-    assert scored_rows == 150
+    assert sum(int((y != -100).any(1).sum()) for _, y in batches) == 150      # rows that score
     seen = torch.cat([data.batch(s)[0] for s in range(2)])
     assert len(seen.unique(dim=0)) == 256                # an epoch repeats no sequence
     assert not torch.equal(data.batch(0)[0], data.batch(2)[0])
@@ -1859,8 +1866,7 @@ def test_help_and_a_run_from_the_command_line(tmp_path):
     done = command("--arch", "mamba", "--task", "compression", "--seq-len", 16, "--num-train", 256,
                    "--steps", 4, "--dim", 32, "--eval-every", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("device", "dtype", "compile", "decay", "total", "test accuracy", "chance",
-                 "next:"):
+    for word in ("device", "dtype", "compile", "decay", "total", "test accuracy", "chance", "next"):
         assert word in done.stdout
     assert "test_acc" in done.stderr and "tokens_s" in done.stderr
 
@@ -1900,20 +1906,17 @@ def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):
 def test_a_compiler_that_is_gone(tmp_path, monkeypatch):
     """A run that was compiled goes on without it; one that asks for it ends in one line."""
     config, said = short(tmp_path, compile="auto"), []
-    folder = stopped(config, 23)
-    saved = train.read_checkpoint(folder / "ckpt.pt", "cpu")
-    train.write_checkpoint(folder / "ckpt.pt", dict(saved, compiled=True))
+    path = stopped(config, 23) / "ckpt.pt"
+    train.write_checkpoint(path, dict(train.read_checkpoint(path, "cpu"), compiled=True))
 
-    def fails(*_, **__):
-        def run(*_):
-            raise RuntimeError("No working C++ compiler found\nTraceback")
-        return run
-    monkeypatch.setattr(torch, "compile", fails)
+    def fails(*_):
+        raise RuntimeError("No working C++ compiler found\nTraceback")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     result = train.train(config, said.append)
     assert "compile  off: failed here (RuntimeError: No working C++ compiler found)" in said
     assert result["steps"] == 40 and result["machine"]["compiled"] is False
-    with pytest.raises(ValueError, match=r"^compile is 'on', but .* found\); try --compile off$"):
-        train.train(short(tmp_path, compile="on"), quiet)
+    refused(r"^compile is 'on', but .* found\); try --compile off$",
+            train.train, short(tmp_path, compile="on"), quiet)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1988,25 +1991,19 @@ def test_windows_of_text(tmp_path):
 
 
 def test_accumulated_gradients_equal_one_batch(tmp_path):
-    runs = []
-    for n in (1, 4):
-        config = text(tmp_path, accumulate=n, clip=1.0, name=f"run{n}")
-        runs.append(train.Run(config, Path(config.out) / config.name, quiet))
-        losses = [float(runs[-1].one_step()[1]) for _ in range(3)]
-        runs[-1].losses = losses
-    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+    runs = [train.Run(text(tmp_path, accumulate=n, clip=1.0), tmp_path / str(n), quiet)
+            for n in (1, 4)]
+    losses = [[float(run.one_step()[1]) for _ in range(3)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for p, q in zip(*(run.model.parameters() for run in runs)):
         assert (p - q).abs().max() < 2e-5                # (of a step: 1e-3)
 
 
 def test_bits_a_byte_of_tokens(tmp_path, toy, monkeypatch):
     """The loss of a token is divided by the bytes that the tested tokens stand for."""
-    config = text(tmp_path, tokenizer="gpt2", dim=16, steps=1,
-                  layers="mh-attention(heads=2) swiglu")
-    result = train.train(config, quiet)
-    data = data_of(config)
-    scored = toy("gpt2").decode_bytes(data.scored_tokens().tolist())
-    ratio = len(scored) / len(data.scored_tokens())
+    config, said = text(tmp_path, tokenizer="gpt2", layers="mlp", dim=16, steps=1), []
+    result, scored = train.train(config, quiet), data_of(config).scored_tokens()
+    ratio = len(toy("gpt2").decode_bytes(scored.tolist())) / len(scored)
     assert ratio > 1.02 and result["corpus"]["bytes_per_token"] == ratio
     assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2) / ratio)
     written = train.SampleConfig(sample=result["folder"], prompt=" the", tokens=3)
@@ -2016,7 +2013,6 @@ def test_bits_a_byte_of_tokens(tmp_path, toy, monkeypatch):
     def offline(name):
         raise ValueError("cannot get tiktoken's gpt2")
     monkeypatch.setattr(tasks, "get_encoding", offline)  # the tokens are cached, their bytes not
-    said = []
     result = train.train(dataclasses.replace(config, name="offline"), said.append)
     assert result["bits_per_byte"] is None and any("no bits a byte" in line for line in said)
 
@@ -2029,17 +2025,15 @@ def test_warmup_and_lowest_learning_rate(tmp_path):
 
 
 def test_greedy_sample_equals_the_parallel_forward(writer):
-    shown = []
-    config = train.SampleConfig(sample=writer["folder"], prompt="2 plus ", tokens=24, temperature=0,
-                                device="cpu")
+    config, shown = train.SampleConfig(sample=writer["folder"], prompt="2 plus ", tokens=24,
+                                       temperature=0, device="cpu"), []
     ids, line = train.sample(config, shown.append)
     assert "".join(shown) == "2 plus " + bytes(ids).decode() + "\n"
     _, m = train.load_run(writer["folder"], "cpu")
-    out = torch.tensor([[*b"2 plus ", *ids]])
+    out, state = torch.tensor([[*b"2 plus ", *ids]]), m.init_state(1)
     with torch.no_grad():
         assert (m(out)[:, 6:-1].argmax(-1) == out[:, 7:]).all()
     assert "tokens a second" in line and "longer than all" not in line
-    state = m.init_state(1)
     for token in out[0]:
         state = m.step(token[None], state)[1]
     assert f"31 tokens is {sum(map(layers.count_state, state)):,} numbers" in line
@@ -2078,14 +2072,12 @@ def test_mistakes_with_samples(writer, tmp_path):
         refused(message, lambda: train.sample(train.SampleConfig(**options), quiet))
 
 
-def torchrun(config, processes=2):
-    """The run under torchrun, under way."""
+def torchrun(config):
+    """The run under way, of two processes."""
     args = [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}"
             for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         str(processes), str(HERE / "train.py"), *args], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return started("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                   HERE / "train.py", *args)
 
 
 def losses_of(folder):
@@ -2094,10 +2086,10 @@ def losses_of(folder):
 
 def test_two_processes_equal_one(tmp_path):
     config = text(tmp_path, accumulate=2, clip=1.0, eval_every=10)
-    run = torchrun(config)
-    out, err = run.communicate(timeout=120)
-    assert run.returncode == 0, err
-    assert out.count("device   cpu") == out.count("validation loss") == 1   # one speaks and writes
+    run = ended(torchrun(config))
+    assert run.returncode == 0, run.stderr
+    for said in ("device   cpu", "validation loss"):     # one speaks and writes
+        assert run.stdout.count(said) == 1
     folder = Path(config.out) / "run"
     two = json.loads((folder / "result.json").read_text())
     assert two["machine"]["processes"] == 2 and {p.name for p in folder.iterdir()} >= {
@@ -2111,28 +2103,26 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_processes_that_are_killed_or_stopped(tmp_path):
     """A dead one ends the job with an error; what two have saved goes on as one process."""
-    config = text(tmp_path, steps=150)
+    config, said = text(tmp_path, steps=150), []
     folder = Path(config.out) / "run"
 
-    def start():
+    def begun():
         run = torchrun(config)
         while not (folder / "log.jsonl").exists() or not logged(folder):
             assert run.poll() is None
             time.sleep(0.05)
         return run
-
-    run = start()
+    run = begun()
     workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode != 0 and "another process of this run has ended" in err
+    run = ended(run)
+    assert run.returncode != 0 and "another process of this run has ended" in run.stderr
     assert not (folder / "result.json").exists()
     (folder / "log.jsonl").unlink()
-    run = start()
+    run = begun()
     run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode != 0 and err.count("the same command goes on") == 1, err
-    said = []
+    run = ended(run)
+    assert run.returncode != 0 and run.stderr.count("the same command goes on") == 1, run.stderr
     train.train(config, said.append)
     assert any("resume   from step" in line for line in said)
     whole = train.train(dataclasses.replace(config, name="whole"), quiet)
@@ -2140,8 +2130,7 @@ def test_processes_that_are_killed_or_stopped(tmp_path):
 
 
 def test_mistakes_with_several_processes(tmp_path, monkeypatch):
-    refused("batch_size is 9; permitted: a multiple of 2", data_of, text(tmp_path, batch_size=9), 0,
-            2)
+    refused("is 9; permitted: a multiple of 2", data_of, text(tmp_path, batch_size=9), 0, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("not one of compression: start this one with python",
             train.run_and_report, ["--task", "compression"])
@@ -2151,7 +2140,7 @@ def test_mistakes_with_several_processes(tmp_path, monkeypatch):
     refused("--device cpu", ranks.connect, "mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     refused("process 0 of this machine finds 0 GPUs", ranks.connect, "cuda")
-    ranks.largest = lambda number: abs(number)           # another process has another number
+    ranks.largest = abs                                  # another process has another number
     refused("differ in the corpus", ranks.check_same, "the corpus", -5)
 
 
@@ -2172,8 +2161,7 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
     for name in ("item", "cpu", "numpy", "tolist", "__float__", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, waits)
     monkeypatch.setattr(run.ranks, "largest", waits)     # nor for other processes' signals
-    with pytest.raises(AssertionError):
-        float(torch.ones(1))
+    refused("looks at a number", float, torch.ones(1), error=AssertionError)
     for _ in range(3):
         run.one_step()
 
@@ -2186,8 +2174,12 @@ needs_compiler = pytest.mark.skipif(train.has_compiler() is None,
 # The MAD protocol
 
 
+def small_baselines():
+    return {task: setting(task, num_test=64) for task in list(tasks.TASKS)[:6]}
+
+
 GRID24 = train.Preset(
-    settings=tuple((setting(t, num_train=128, num_test=64), 4) for t in tasks.TASKS),
+    settings=tuple((dataclasses.replace(s, num_train=128), 4) for s in small_baselines().values()),
     epochs=None, batch_size=32, lrs=(1e-4, 1e-3), weight_decays=(0.0, 0.1), eval_every=2)
 
 
@@ -2197,23 +2189,23 @@ def mad(tmp_path, **changes):
                                      results=str(tmp_path / "results")), **changes})
 
 
-def score(config):
+def score(config, **counts):
+    """A grid's score and what was said of it, after a look at some of its counts."""
     said = []
-    return train.mad_score(config.label, config.preset, config, said.append) | dict(said=said[0])
+    got = train.mad_score(config.label, config.preset, config, said.append)
+    assert got["counts"] | counts == got["counts"]
+    return got | dict(said=said[0])
 
 
 @pytest.fixture
-def tiny_grid(monkeypatch):
-    """A preset of 24 runs whose test data are small: 64 sequences can't be asked for by options."""
-    monkeypatch.setitem(train.PRESETS, "tiny", GRID24)
-    for task in tasks.TASKS:
-        monkeypatch.setitem(tasks.BASELINES, task, setting(task, num_test=64))
-
-
-@pytest.fixture
-def fake(tiny_grid, monkeypatch):
-    """Runs that take no time. fake.accuracy(config) is one's accuracy, or raises."""
+def fake(monkeypatch):
+    """
+    The preset "tiny", of 24 runs that take no time. fake.accuracy(config) is one's accuracy, or
+    raises. (Test data of 64 sequences can't be asked for by options.)
+    """
     made = types.SimpleNamespace(runs=[], accuracy=lambda c: 0.5)
+    monkeypatch.setitem(train.PRESETS, "tiny", GRID24)
+    monkeypatch.setattr(tasks, "BASELINES", tasks.BASELINES | small_baselines())
 
     def train_(config, say, shared):
         made.runs.append(config)
@@ -2251,59 +2243,52 @@ def test_score_is_best_of_runs_and_mean_of_means(fake, tmp_path, monkeypatch):
     monkeypatch.setitem(train.PRESETS, "tiny",
                         dataclasses.replace(GRID24, settings=(*GRID24.settings, extra)))
     fake.accuracy = lambda c: 0.9 - 100 * c.lr - c.weight_decay + 0.1 * (c.num_train == 64)
-    got = score(mad(tmp_path))
-    one = pytest.approx(0.89)                            # lr 1e-4, no decay
+    got, one = score(mad(tmp_path)), pytest.approx(0.89)             # lr 1e-4, no decay
     assert got["tasks"][COMPRESSION]["token"] == one and len(fake.runs) == 28
     assert got["tasks"][RECALL]["token"] == pytest.approx((0.89 + 0.99) / 2)
     assert got["mean"] == pytest.approx((5 * 0.89 + 0.94) / 6)
     assert got["macro_mean"] == pytest.approx(got["mean"] / 2)
     assert all(s["best"] == dict(lr=1e-4, weight_decay=0.0) for s in got["settings"])
-    recorded = json.loads(Path(got["file"]).read_text())
-    assert recorded["mean"] == got["mean"] and Path(got["file"]).name == "swiglu_seed0_dim=16_" \
-        "dtype=float32.json"
-    half = score(mad(tmp_path, select="best-loss"))      # the same runs, read another way
-    assert half["mean"] == pytest.approx(got["mean"] / 2) and half["counts"]["reused"] == 28
+    path = Path(got["file"])
+    assert json.loads(path.read_text())["mean"] == got["mean"]
+    assert path.name == "swiglu_seed0_dim=16_dtype=float32.json"
+    half = score(mad(tmp_path, select="best-loss"), reused=28)       # the same, read another way
+    assert half["mean"] == pytest.approx(got["mean"] / 2)
     assert half["file"] != got["file"] and len(fake.runs) == 28
-    part = score(mad(tmp_path, tasks=f"{RECALL},{COPYING}", settings="baseline"))
-    assert part["counts"]["runs"] == 8 and part["mean"] is None and part["file"] is None
+    part = score(mad(tmp_path, tasks=f"{RECALL},{COPYING}", settings="baseline"), runs=8)
+    assert part["mean"] is None and part["file"] is None
     assert "not all settings" in part["said"] and part["tasks"][RECALL]["token"] == one
 
 
 def test_runs_of_a_solved_setting_are_skipped(fake, tmp_path):
     fake.accuracy = lambda c: 0.999 if c.task == COPYING else 0.5
-    got = score(mad(tmp_path))
-    assert got["counts"] | dict(trained=21, skipped=3) == got["counts"] and got["file"]
+    assert score(mad(tmp_path), trained=21, skipped=3)["file"]
     assert [c.lr for c in fake.runs if c.task == COPYING] == [1e-3]
-    every = score(mad(tmp_path, no_skip=True))
+    score(mad(tmp_path, no_skip=True), reused=21, trained=3, skipped=0)
     assert len(fake.runs) == 24
-    assert every["counts"] | dict(reused=21, trained=3, skipped=0) == every["counts"]
 
 
 def test_failed_runs(fake, tmp_path):
-    def fail(c):
-        if c.lr == 1e-3 and c.task == NOISY:
-            raise RuntimeError("the disk is on fire")
-        return 0.5
-    fake.accuracy = fail
-    got = score(mad(tmp_path))
-    assert got["counts"] | dict(trained=22, failed=2, open=0) == got["counts"]
+    def failing(error, which):
+        def accuracy(c):
+            if which(c):
+                raise error
+            return 0.5
+        return accuracy
+    noisy = lambda c: c.task == NOISY and c.lr == 1e-3
+    fake.accuracy = failing(RuntimeError("the disk is on fire"), noisy)
+    got = score(mad(tmp_path), trained=22, failed=2, open=0)
     assert got["mean"] == 0.5 and got["file"] is None and "tries them again" in got["said"]
-    where = [c for c in fake.runs if c.lr == 1e-3 and c.task == NOISY]
-    error = train.folder_of(where[0]) / "error.txt"
+    error = train.folder_of(next(filter(noisy, fake.runs))) / "error.txt"
     assert "Traceback" in error.read_text() and str(error.parent) in got["said"]
-
-    def diverge(c):
-        if c.task == NOISY and c.lr == 1e-3 or c.task == RECALL and c.seed == 1:
-            raise FloatingPointError("the loss is nan")
-        return 0.5
-    fake.accuracy = diverge                              # tried again; now the others count
-    got = score(mad(tmp_path))
-    assert got["counts"] | dict(reused=22, failed=2) == got["counts"] and got["file"]
-    none = score(mad(tmp_path, seed=1))                  # no run of recall is left: no mean
+    fake.accuracy = failing(FloatingPointError("the loss is nan"),
+                            lambda c: noisy(c) or c.task == RECALL and c.seed == 1)
+    assert score(mad(tmp_path), reused=22, failed=2)["file"]         # now the others count
+    none = score(mad(tmp_path, seed=1), of_other_options=22)         # no run of recall: no mean
     assert none["mean"] is None and none["tasks"][RECALL]["token"] is None and not none["file"]
-    assert "missing" in none["said"] and none["counts"]["of_other_options"] == 22
+    assert "missing" in none["said"]
     fake.accuracy = lambda c: 0.5
-    assert score(mad(tmp_path))["counts"]["failed"] == 0 and not error.exists()
+    assert score(mad(tmp_path), failed=0) and not error.exists()
 
 
 def test_key_of_a_run(monkeypatch):
@@ -2313,16 +2298,14 @@ def test_key_of_a_run(monkeypatch):
     for change in (dict(lr=5e-4), dict(seed=1), dict(num_train=6400), dict(layers="swiglu"),
                    dict(task=COPYING), dict(early_stop=2.0)):
         assert train.run_key(dataclasses.replace(base, **change)) != key, change
-    monkeypatch.setitem(tasks.BASELINES, RECALL, setting(RECALL, num_test=64))
-    assert train.run_key(base) != key
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setitem(tasks.BASELINES, RECALL, setting(RECALL, num_test=64))
+        assert train.run_key(base) != key
     monkeypatch.setattr(train, "code_version", lambda: "other")
     assert train.run_key(base) != key
-    source = Path(train.__file__).read_text()
-    same = source.replace('"""One run, ', '"""A run, ').replace("# file systems", "# some systems")
-    assert same != source and train.meaning(same) == train.meaning(source)
-    other = source.replace("LOG_EVERY, SAVE_SECONDS = 10", "LOG_EVERY, SAVE_SECONDS = 11")
-    assert other != source and train.meaning(other) != train.meaning(source)
+    code = '"""A."""\nclass X:\n    """B."""\n    def f():\n        """C."""\n        return 1  # D'
+    bare = "class X:\n def f(): return 1"                # what is said of it is free to change
+    assert train.meaning(code) == train.meaning(bare) != train.meaning(bare.replace("1", "2"))
 
 
 def test_what_has_no_say_is_no_part_of_a_run():
@@ -2337,8 +2320,7 @@ def test_what_has_no_say_is_no_part_of_a_run():
 
 def test_a_signal_in_a_runs_last_step_ends_its_grid(tmp_path, monkeypatch):
     """The run is done, and its result is there; but the next one must not begin."""
-    config = short(tmp_path, num_train=128, steps=2)
-    test = train.Run.test
+    config, test = short(tmp_path, num_train=128, steps=2), train.Run.test
 
     def test_and_signal(run):
         run.asked_to_stop = signal.SIGTERM
@@ -2353,21 +2335,16 @@ def test_a_signal_in_a_runs_last_step_ends_its_grid(tmp_path, monkeypatch):
 def test_results_of_other_code_are_not_reused(fake, tmp_path, monkeypatch):
     score(mad(tmp_path))
     monkeypatch.setattr(train, "code_version", lambda: "other")
-    got = score(mad(tmp_path))
-    assert got["counts"] | dict(reused=0, trained=24, of_other_code=24) == got["counts"]
+    got = score(mad(tmp_path), reused=0, trained=24, of_other_code=24)
     assert "24 results of other code" in got["said"]
 
 
 # train.py with the preset GRID24, which notes each run that it trains, and pauses before it.
 PROGRAM = """
 import sys; sys.path.insert(0, {here!r})
-import time, tasks, train
-from dataclasses import replace
-for task in tasks.TASKS:
-    tasks.BASELINES[task] = replace(tasks.BASELINES[task], num_test=64)
-train.PRESETS["tiny"] = train.Preset(
-    settings=tuple((replace(s, num_train=128), 4) for s in tasks.BASELINES.values()), epochs=None,
-    batch_size=32, lrs=(1e-4, 1e-3), weight_decays=(0.0, 0.1), eval_every=2)
+import tasks, test_all, time, train
+tasks.BASELINES.update(test_all.small_baselines())
+train.PRESETS["tiny"] = test_all.GRID24
 go = train.Run.go
 def noted(run):
     with open({log!r}, "a") as file:
@@ -2382,13 +2359,11 @@ GRID_ARGS = ["--task", "mad", "--preset", "tiny", "--layers", "swiglu", "--dim",
              "--compile", "off", "--device", "cpu", "--dtype", "float32"]
 
 
-def program(tmp_path, args=GRID_ARGS, pause=0.0, **env):
+def program(tmp_path, *args, pause=0.0, **env):
     path = tmp_path / f"program{pause}.py"
     if not path.exists():            # written again, it might be read half by one that starts now
         path.write_text(PROGRAM.format(here=str(HERE), log=str(tmp_path / "log"), pause=pause))
-    return subprocess.Popen([sys.executable, str(path), *args], cwd=tmp_path, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return started(path, *GRID_ARGS, *args, cwd=tmp_path, **env)
 
 
 def noted(tmp_path, at_least=0):
@@ -2404,11 +2379,10 @@ def noted(tmp_path, at_least=0):
 def test_four_processes_share_a_grid(tmp_path):
     """Two of torchrun, and two more that know nothing of these: each run is done exactly once."""
     both = [program(tmp_path, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    both += [program(tmp_path), program(tmp_path)]
-    ends = [p.communicate(timeout=120) for p in both]
-    assert [p.returncode for p in both] == [0] * 4, ends
+    ends = [ended(p) for p in (*both, program(tmp_path), program(tmp_path))]
+    assert [e.returncode for e in ends] == [0] * 4, ends
     assert len(noted(tmp_path)) == 24 == len(set(noted(tmp_path)))
-    assert "MAD score" in ends[0][0] and not ends[1][0] and "24/24" in ends[0][1]
+    assert "MAD score" in ends[0].stdout and not ends[1].stdout and "24/24" in ends[0].stderr
     (file,) = (tmp_path / "results" / "mad" / "tiny").iterdir()
     runs = [r for s in json.loads(file.read_text())["settings"] for r in s["runs"]]
     assert {r["folder"] for r in runs} == set(noted(tmp_path))
@@ -2420,26 +2394,27 @@ def test_four_processes_share_a_grid(tmp_path):
 
 def test_workers_that_are_killed_and_stopped(tmp_path):
     """kill -9 of a worker: the others take its run over. SIGTERM: all stop; what is done stays."""
-    first = program(tmp_path, [*GRID_ARGS, "--workers", "2"], 0.5)
+    first = program(tmp_path, "--workers", 2, pause=0.5)
     noted(tmp_path, 2)
     workers = subprocess.run(["pgrep", "-f", "-P", str(first.pid), "spawn_main"], text=True,
                              capture_output=True).stdout.split()
     os.kill(int(workers[0]), signal.SIGKILL)
     noted(tmp_path, 6)
     first.terminate()
-    out, err = first.communicate(timeout=60)
-    assert first.returncode == 128 + signal.SIGTERM and not out
-    assert "the same command goes on" in err and "Traceback" not in err
+    first = ended(first)
+    assert first.returncode == 128 + signal.SIGTERM and not first.stdout
+    assert "the same command goes on" in first.stderr and "Traceback" not in first.stderr
     done = len(list(tmp_path.glob("out/mad/*/*/result.json")))
     assert 3 <= done < 24
-    second = program(tmp_path)
-    out, err = second.communicate(timeout=60)
-    assert second.returncode == 0 and f"24: {done} reused, {24 - done} trained" in out, err
+    second = ended(program(tmp_path))
+    assert second.returncode == 0, second.stderr
+    assert f"24: {done} reused, {24 - done} trained" in second.stdout
     assert not list(tmp_path.glob("out/mad/*/*/lock"))
 
 
 def test_locks(tmp_path):
-    folder, lock = tmp_path / "a" / "b", tmp_path / "a" / "b" / "lock"
+    folder = tmp_path / "a" / "b"
+    lock = folder / "lock"
     with train.claim(folder):
         refused("b is in use by another process", train.claim(folder).__enter__, error=train.InUse)
     assert not (tmp_path / "a").exists()                 # nothing was put there
@@ -2463,46 +2438,40 @@ def test_many_processes_claim_a_folder_once_and_a_killed_one_frees_it(tmp_path):
                       f"try:\n with train.claim(pathlib.Path({str(tmp_path)!r})):",
                       "  print('mine', flush=True); input()",
                       "except train.InUse:\n print('refused', flush=True)"])
-    some = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True,
-                             stdout=subprocess.PIPE) for _ in range(3)]
+    some = [started("-c", code) for _ in range(3)]
     assert all(p.stdout.readline() == "ready\n" for p in some)
     for p in some:
         p.stdin.write("\n")
         p.stdin.flush()
     said = {p.stdout.readline(): p for p in some}
     assert sorted(said) == ["mine\n", "refused\n"]
-    with pytest.raises(train.InUse):
-        train.claim(tmp_path).__enter__()
+    refused("in use", train.claim(tmp_path).__enter__, error=train.InUse)
     said["mine\n"].kill()
     for p in some:
-        p.communicate(timeout=30)
+        ended(p)
     with train.claim(tmp_path):
         pass
 
 
 def test_a_run_in_use_is_refused(tmp_path):
     config = short(tmp_path / "out", num_train=128, steps=2)
-    folder, _ = train.find_folder(config)
-    with train.claim(folder):
+    with train.claim(train.find_folder(config)[0]):
         refused("in use by another process.*--name", train.train, config, quiet)
     assert train.train(config, quiet)["steps"] == 2
 
 
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=needs_compiler)])
 def test_runs_that_share_a_model_equal_lone_ones(compiled, tmp_path, monkeypatch):
-    compilations, compile_ = [], torch.compile
+    compilations, compile_, made = [], torch.compile, collections.defaultdict(list)
     monkeypatch.setattr(torch, "compile",
                         lambda *a, **k: compilations.append(1) or compile_(*a, **k))
-    shared, made = train.Shared(), {}
-    for with_ in (shared, None):
+    for shared in (train.Shared(), None):
         for lr, T in [(1e-3, 32), (1e-2, 32)] + [(1e-2, 16)] * (compiled == "off"):
-            config = short(tmp_path / str(with_ is None), layers="swiglu", steps=4, lr=lr,
+            config = short(tmp_path / str(shared is None), layers="swiglu", steps=4, lr=lr,
                            seq_len=T, num_train=128, batch_size=64, compile=compiled)
-            folder = train.train(config, quiet, with_)["folder"]
-            made.setdefault((lr, T), []).append(
-                torch.load(Path(folder) / "ckpt.pt", weights_only=True)["model"])
-        if with_:
-            assert len(compilations) == (compiled == "on")
+            path = Path(train.train(config, quiet, shared)["folder"]) / "ckpt.pt"
+            made[lr, T].append(train.read_checkpoint(path, "cpu")["model"])
+        assert len(compilations) == (compiled == "on") or not shared
     for a, b in made.values():
         assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -2518,36 +2487,32 @@ def test_runs_that_share_a_model_keep_their_own_dtype(tmp_path, monkeypatch):
         assert run.score.args == (shared.model, dtype)
 
 
-def test_mad_table_shows_what_is_recorded(fake, tmp_path, capsys):
-    arch = ("transformer", "hyena", "mamba")             # published means 74.5, 66.0, 69.3
-    for i, a in enumerate(arch):
-        for seed in (0, 1):
-            fake.accuracy = lambda c: (0.8, 0.6, 0.7)[i] + 0.02 * seed + 0.1 * (c.task == COPYING)
-            score(mad(tmp_path, arch=a, layers=None, dim=32, dtype="auto", seed=seed))
+def test_mad_table_shows_what_is_recorded(fake, tmp_path, says):
     folder = tmp_path / "results" / "tiny"
-    assert {p.name for p in folder.iterdir()} >= {"mamba_seed1_dim=32.json"} and \
-        len(list(folder.iterdir())) == 6
+    means = dict(transformer=0.8, hyena=0.6, mamba=0.7)              # published: 74.5, 66.0, 69.3
+    for (arch, a), seed in itertools.product(means.items(), (0, 1)):
+        fake.accuracy = lambda c: a + 0.02 * seed + 0.1 * (c.task == COPYING)
+        score(mad(tmp_path, arch=arch, layers=None, dim=32, dtype="auto", seed=seed))
+    assert len(list(folder.iterdir())) == 6 and (folder / "mamba_seed1_dim=32.json").exists()
     for path in folder.iterdir():                        # as if of the paper's width
-        record = json.loads(path.read_text())
-        path.write_text(json.dumps(record | dict(options={})))
-    assert scaling.main(["table", "--mad", str(folder)]) is None
-    out = capsys.readouterr().out
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(options={})))
+    out = says("table", "--mad", folder).out
     rows = {r.split("|")[1].strip(): [x.strip() for x in r.split("|")[2:-1]]
             for r in out.splitlines() if r.startswith("|")}
     assert list(rows)[2:] == ["transformer", "*paper*", "mamba", "*rerun*", "hyena"]
-    fuzzy, copying, mean = (rows["hyena"][i] for i in (1, 5, 6))
+    fuzzy, copying, macro, token = (rows["hyena"][i] for i in (1, 5, 6, 7))
     assert (fuzzy, copying) == ("30.5 ±0.5", "35.5 ±0.5")              # macro: half of 0.61, 0.71
     records = [json.loads(p.read_text()) for p in folder.glob("hyena*")]
-    assert mean == f"{100 * np.mean([r['macro_mean'] for r in records]):.1f} ±0.5"
-    assert rows["hyena"][7] == f"{100 * np.mean([r['mean'] for r in records]):.1f} ±1.0"
+    assert macro == f"{100 * np.mean([r['macro_mean'] for r in records]):.1f} ±0.5"
+    assert token == f"{100 * np.mean([r['mean'] for r in records]):.1f} ±1.0"
     assert rows["hyena"][-1] == f"{records[0]['parameters']:,}"
     assert "1.00, n = 3, permutation p = 0.33" in out
-    assert scaling.read_scores(folder) == {a: scaling.mad_mean(scaling.read_records(folder)[a])
-                                           for a in arch}
+    assert scaling.read_scores(folder) == {a: scaling.mad_mean(records) for a, records in
+                                           scaling.read_records(folder).items()}
     refused("train.py --task mad", scaling.read_records, tmp_path, error=scaling.FitError)
     (folder / "half.json").write_text('{"arch": "hyena", "options": {}}')
-    with pytest.raises(scaling.FitError, match="half.json: no MAD score .*macro_mean"):
-        scaling.read_records(folder)
+    refused("half.json: no MAD score .*macro_mean", scaling.read_records, folder,
+            error=scaling.FitError)
 
 
 # =================================================================================================
@@ -2626,9 +2591,8 @@ def kill_ten_runs(out):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_runs_killed_at_ten_moments_end_with_the_same_bytes(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import sys, test_all; "
-                           "test_all.kill_ten_runs(sys.argv[1])", tmp_path], cwd=HERE, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code = f"import test_all; test_all.kill_ten_runs({str(tmp_path)!r})"
+    done = ended(started("-c", code, cwd=HERE))
     assert json.loads(done.stdout) == [0] + [[-9, 0]] * 10, done.stderr
     for i in range(10):
         folder = tmp_path / f"killed{i}"
@@ -2651,29 +2615,26 @@ def test_compiled_runs_of_two_threads_equal_each_other_to_the_byte_and_a_plain_o
 
 
 def test_same_command_same_bytes_other_seed_other_run(tmp_path):
-    a, b, c = (train.train(short(tmp_path / x, seed=seed, steps=15), quiet)["folder"]
-               for x, seed in (("a", 3), ("b", 3), ("c", 4)))
-    assert same_bytes(a, b) and (Path(a) / "best.pt").read_bytes() == \
-        (Path(b) / "best.pt").read_bytes()
-    run = [train.Run(short(tmp_path / "d", seed=s), tmp_path / "d" / str(s), quiet) for s in (3, 4)]
-    assert not torch.equal(run[0].data.train, run[1].data.train)
-    [r.data.batch(0) for r in run]
-    assert not torch.equal(run[0].data.order, run[1].data.order)
-    for p, q in zip(*(r.model.parameters() for r in run)):
+    a, b = (Path(train.train(short(tmp_path / x, seed=3, steps=15), quiet)["folder"]) for x in "ab")
+    assert same_bytes(a, b) and (a / "best.pt").read_bytes() == (b / "best.pt").read_bytes()
+    one, other = (train.Run(short(tmp_path, seed=s), tmp_path / str(s), quiet) for s in (3, 4))
+    assert not torch.equal(one.data.train, other.data.train)
+    [run.data.batch(0) for run in (one, other)]
+    assert not torch.equal(one.data.order, other.data.order)
+    for p, q in zip(one.model.parameters(), other.model.parameters()):
         assert p.std() == 0 or not torch.equal(p, q)     # ones and zeros are no draws
 
 
 def test_resume_takes_the_options_of_the_folder(tmp_path, monkeypatch):
-    whole = train.train(short(tmp_path / "whole"), quiet)["folder"]
+    whole, said = train.train(short(tmp_path / "whole"), quiet)["folder"], []
     folder = stopped(short(tmp_path / "parts"), 23)
     refused("leave out --lr", train.parse_args, ["--resume", str(folder), "--lr", "0.5"])
-    with pytest.raises(ValueError, match="holds another run.*steps 40 -> None"):
-        train.train(train.TrainConfig(resume=str(folder)), quiet)
-    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        train.parse_args(["--resume", str(tmp_path)])
+    refused("holds another run.*steps 40 -> None",
+            train.train, train.TrainConfig(resume=str(folder)), quiet)
+    refused("config.json does not exist", train.parse_args, ["--resume", str(tmp_path)],
+            error=FileNotFoundError)
     moved = folder.rename(tmp_path / "moved")
     monkeypatch.setattr(train, "code_version", lambda: "other")
-    said = []
     result = train.train(train.parse_args(["--resume", str(moved)]), said.append)
     assert result["folder"] == str(moved) and same_bytes(whole, moved)
     assert "other code began this run" in said[0] and any("from step 23" in x for x in said)
@@ -2722,24 +2683,20 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(tmp_path):
 
 
 def test_a_log_that_lost_lines_is_noticed(tmp_path):
-    folder = stopped(short(tmp_path), 23)
+    folder, said = stopped(short(tmp_path), 23), []
     (folder / "log.jsonl").write_text("")
-    said = []
     train.train(short(tmp_path), said.append)             # the one before is from step 0: no lines
     assert any("log.jsonl has lost lines" in x for x in said)
     assert [x["step"] for x in logged(folder)] == [10, 12, 12, 20, 24, 24, 30, 36, 36, 40, 40]
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_that_counts_it(tmp_path, monkeypatch):
-    config, synced, real = short(tmp_path), [], os.fsync
-    folder = stopped(config, 23)
-    run = train.Run(config, folder, quiet)
+    run, synced, real = train.Run(short(tmp_path), tmp_path / "run", quiet), [], os.fsync
     run.log(loss=1.0)
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd)), real(fd)))
     run.save()
-    log, checkpoint = ((folder / name).stat() for name in ("log.jsonl", "ckpt.pt"))
-    assert [(s.st_ino, s.st_size) for s in synced] == [(log.st_ino, log.st_size),
-                                                       (checkpoint.st_ino, checkpoint.st_size)]
+    files = [(run.folder / name).stat() for name in ("log.jsonl", "ckpt.pt")]
+    assert [(s.st_ino, s.st_size) for s in synced] == [(s.st_ino, s.st_size) for s in files]
 
 
 class Malicious:
@@ -2829,11 +2786,9 @@ def spoil(monkeypatch, at, number=math.inf):
 def test_a_number_that_is_not_finite_ends_the_run(detect, tmp_path, monkeypatch):
     spoil(monkeypatch, 13)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    message = (r"at step 14, learning rate 7.6e-03, .*the output of blocks.1.layer.* \(swiglu\)"
-               r".*ckpt.pt is from before")
-    with pytest.raises(FloatingPointError, match=message) as error:
-        train.train(short(tmp_path, detect=detect), quiet)
-    assert "\n" not in str(error.value)
+    refused(r"at step 14, learning rate 7.6e-03, .*the output of blocks.1.layer.* \(swiglu\)"
+            r".*ckpt.pt is from before",
+            train.train, short(tmp_path, detect=detect), quiet, error=FloatingPointError)
     (folder,) = tmp_path.iterdir()
     content = train.read_checkpoint(folder / "ckpt.pt", "cpu")
     assert content["step"] == 12 and logged(folder)[-1]["step"] == 12
@@ -2844,12 +2799,10 @@ def test_a_number_that_is_not_finite_ends_the_run(detect, tmp_path, monkeypatch)
 def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
     spoil(monkeypatch, 13, math.nan)
     result = train.train(short(tmp_path / "a", nonfinite="skip"), quiet)
-    lines = [x for x in logged(result["folder"]) if "loss" in x]
     assert result["skipped"] == 1 and result["steps"] == 40
-    assert [x["skipped"] for x in lines] == [0, 0] + [1] * (len(lines) - 2)
-    config = short(tmp_path / "b", nonfinite="skip")
-    folder, _ = train.find_folder(config)
-    run = train.Run(config, folder, quiet)
+    skipped = [x["skipped"] for x in logged(result["folder"]) if "loss" in x]
+    assert skipped == [0, 0] + [1] * (len(skipped) - 2)
+    run = train.Run(short(tmp_path, nonfinite="skip"), tmp_path / "b", quiet)
     run.step, run.score = 13, run.plain
     before = {n: p.clone() for n, p in run.model.state_dict().items()}
     run.one_step()
@@ -2859,12 +2812,11 @@ def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
 
 def test_too_large_a_step_is_not_saved(tmp_path):
     for change in (dict(), dict(nonfinite="skip"), dict(eval_every=1, schedule="constant")):
-        with pytest.raises(FloatingPointError, match="at step .*, first in the .* of "):
-            train.train(short(tmp_path, lr=1e30, **change), quiet)
-    for folder in tmp_path.iterdir():
-        for path in folder.glob("*.pt"):
-            content = train.read_checkpoint(path, "cpu")
-            assert content["step"] == 0 and content["model"]["embed.weight"].abs().max() < 1
+        refused("at step .*, first in the .* of ", train.train, short(tmp_path, lr=1e30, **change),
+                quiet, error=FloatingPointError)
+    for path in tmp_path.glob("*/*.pt"):
+        content = train.read_checkpoint(path, "cpu")
+        assert content["step"] == 0 and content["model"]["embed.weight"].abs().max() < 1
 
 
 def memory_growth(first, last):
@@ -2971,13 +2923,11 @@ def test_fuzz_of_runs(tmp_path, monkeypatch):
 def test_out_of_memory_is_one_line(monkeypatch, capsys):
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nmore"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
-        def fail(argv, error=error):
-            raise error
-        monkeypatch.setattr(train, "run_and_report", fail)
+        monkeypatch.setattr(train, "run_and_report", unittest.mock.Mock(side_effect=error))
         assert train.main() == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        assert re.fullmatch("error: out of memory .*--batch-size.*\n", capsys.readouterr().err)
     monkeypatch.setattr(train, "run_and_report", lambda argv: 1 + None)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError):                       # any other error is a fault of the program
         train.main()
 
 
