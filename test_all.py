@@ -37,11 +37,12 @@ import tempfile
 import threading
 import time
 import types
-import unittest.mock
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -311,14 +312,11 @@ def test_show():
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     """tiktoken's gpt2 and o200k_base without a download: their word patterns, few merges."""
-    import tiktoken
     ranks = [*(bytes([i]) for i in range(256)), b"\n\n", b".\n", b" \n", b"th", b" t", b" th"]
-
-    def get(name):
-        word = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        return tiktoken.Encoding(name, pat_str=word, special_tokens={"<|endoftext|>": 300},
-                                 mergeable_ranks={b: i for i, b in enumerate(ranks)})
-
+    word = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    get = lambda name: tiktoken.Encoding(
+        name, pat_str=word, special_tokens={"<|endoftext|>": 300},
+        mergeable_ranks={b: i for i, b in enumerate(ranks)})
     monkeypatch.setattr(tiktoken, "get_encoding", get)
     monkeypatch.setenv("NANOMAD_CACHE", str(tmp_path / "cache"))
     return get
@@ -350,10 +348,9 @@ def test_load_text(tmp_path, toy, monkeypatch):
     text = "the end.\n\nthe théa \n\n then\n  日本語\nab\n\n\n" * 20
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
-    (folder / "b.txt").write_bytes(text[250:].encode())
-    (folder / "a.txt").write_bytes(text[:250].encode())
-    (folder / ".hidden").write_bytes(b"no")
-    (tmp_path / "one.txt").write_bytes(text.encode())
+    for name, content in [("folder/b.txt", text[250:]), ("folder/a.txt", text[:250]),
+                          ("folder/.hidden", "no"), ("one.txt", text)]:
+        (tmp_path / name).write_bytes(content.encode())
     monkeypatch.setattr(tasks, "PIECE", 30)              # many pieces, the same tokens
     for path in (tmp_path / "one.txt", folder):
         tokens = tasks.load_tokens(path)
@@ -370,10 +367,9 @@ def test_load_text(tmp_path, toy, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 3
     (folder / "b.txt").write_bytes(b"other")             # other content isn't served from it
     assert tasks.load_tokens(folder).tobytes() == text[:250].encode() + b"other"
-    bad = type("Bad", (), {"encode_ordinary": lambda self, text: 1 / 0})()
+    bad = Mock(encode_ordinary=Mock(side_effect=ValueError("broken")))
     monkeypatch.setattr(tasks, "get_encoding", lambda name: bad)
-    with pytest.raises(ZeroDivisionError):
-        tasks.load_tokens(folder, "cl100k_base")
+    refused("broken", tasks.load_tokens, folder, "cl100k_base")
     assert len(list((tmp_path / "cache").iterdir())) == 4              # no half of a file is left
 
 
@@ -410,7 +406,6 @@ def test_bad_data(tmp_path, toy):
 
 @pytest.mark.parametrize("kind, message", [("refused", "Error: captive portal"), ("hung", "20 s")])
 def test_no_network(kind, message, monkeypatch, tmp_path):
-    import tiktoken
     release = threading.Event()
 
     def fetch(name):
@@ -1908,9 +1903,7 @@ def test_a_compiler_that_is_gone(tmp_path, monkeypatch):
     config, said = short(tmp_path, compile="auto"), []
     path = stopped(config, 23) / "ckpt.pt"
     train.write_checkpoint(path, dict(train.read_checkpoint(path, "cpu"), compiled=True))
-
-    def fails(*_):
-        raise RuntimeError("No working C++ compiler found\nTraceback")
+    fails = Mock(side_effect=RuntimeError("No working C++ compiler found\nTraceback"))
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     result = train.train(config, said.append)
     assert "compile  off: failed here (RuntimeError: No working C++ compiler found)" in said
@@ -2009,9 +2002,7 @@ def test_bits_a_byte_of_tokens(tmp_path, toy, monkeypatch):
     written = train.SampleConfig(sample=result["folder"], prompt=" the", tokens=3)
     assert len(train.sample(written, quiet)[0]) == 3
     assert train.token_bytes("gpt2")(50000) == "\ufffd".encode()       # an unused id
-
-    def offline(name):
-        raise ValueError("cannot get tiktoken's gpt2")
+    offline = Mock(side_effect=ValueError("cannot get tiktoken's gpt2"))
     monkeypatch.setattr(tasks, "get_encoding", offline)  # the tokens are cached, their bytes not
     result = train.train(dataclasses.replace(config, name="offline"), said.append)
     assert result["bits_per_byte"] is None and any("no bits a byte" in line for line in said)
@@ -2155,9 +2146,7 @@ def test_one_compilation_serves_steps_rates_and_tests(tmp_path, monkeypatch):
 
 def test_nothing_in_a_step_waits_for_the_device(tmp_path, monkeypatch):
     run = train.Run(short(tmp_path, clip=1.0), tmp_path / "run", quiet)
-
-    def waits(*_):
-        raise AssertionError("the step looks at a number on the device")
+    waits = Mock(side_effect=AssertionError("the step looks at a number on the device"))
     for name in ("item", "cpu", "numpy", "tolist", "__float__", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, waits)
     monkeypatch.setattr(run.ranks, "largest", waits)     # nor for other processes' signals
@@ -2738,13 +2727,11 @@ def test_no_code_is_run_from_files(tmp_path, writer):
 
 def test_a_full_disk_destroys_nothing(tmp_path, monkeypatch):
     folder = stopped(short(tmp_path), 23)
-
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device")
     before = files_in(folder)
+    full = half_writer(Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open", lambda path, mode: (
-            half_writer(full) if "w" in mode else open)(path, mode), raising=False)
+        patch.setattr(train, "open", lambda path, mode: (full if "w" in mode else open)(path, mode),
+                      raising=False)
         refused(r"(best|ckpt).pt can't be written \(No space left", train.train, short(tmp_path),
                 quiet, error=OSError)
     after = files_in(folder)
@@ -2814,9 +2801,9 @@ def test_too_large_a_step_is_not_saved(tmp_path):
     for change in (dict(), dict(nonfinite="skip"), dict(eval_every=1, schedule="constant")):
         refused("at step .*, first in the .* of ", train.train, short(tmp_path, lr=1e30, **change),
                 quiet, error=FloatingPointError)
-    for path in tmp_path.glob("*/*.pt"):
-        content = train.read_checkpoint(path, "cpu")
-        assert content["step"] == 0 and content["model"]["embed.weight"].abs().max() < 1
+    saved = [train.read_checkpoint(path, "cpu") for path in tmp_path.glob("*/*.pt")]
+    assert len(saved) >= 3 and {content["step"] for content in saved} == {0}
+    assert all(content["model"]["embed.weight"].abs().max() < 1 for content in saved)
 
 
 def memory_growth(first, last):
@@ -2923,7 +2910,7 @@ def test_fuzz_of_runs(tmp_path, monkeypatch):
 def test_out_of_memory_is_one_line(monkeypatch, capsys):
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nmore"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
-        monkeypatch.setattr(train, "run_and_report", unittest.mock.Mock(side_effect=error))
+        monkeypatch.setattr(train, "run_and_report", Mock(side_effect=error))
         assert train.main() == 2
         assert re.fullmatch("error: out of memory .*--batch-size.*\n", capsys.readouterr().err)
     monkeypatch.setattr(train, "run_and_report", lambda argv: 1 + None)
