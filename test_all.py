@@ -1812,7 +1812,7 @@ def test_partial_batches_are_tested_whole():
     ("--task compression --data sums.txt", "only --task text take")] + [
     (f"--task text --data sums.txt --dtype float32 {more}", message) for more, message in [
         ("--seq-len 64", "seq_len is 64, but --task text has no use"), ("--vocab-size 9", "no use"),
-        ("--epochs 5", "only the MAD tasks"), ("--early-stop 0.5", "early_stop"),
+        ("--epochs 5", "only the MAD tasks"), ("--early-stop 0.5", "early_stop is 0.5, but"),
         ("--context 0", "at least 1"), ("--tokenizer gpt-2", "did you mean gpt2"),
         ("--accumulate 0", "accumulate is 0"), ("--accumulate 3", "multiple of 3"),
         ("--steps 20 --warmup 20", "less than the run's 20"), ("--warmup -1", "warmup is -1"),
@@ -2960,15 +2960,14 @@ def test_fuzz_of_corpora(tmp_path):
     for i in range(80):
         path = tmp_path / f"x{i}{pick(['.bin', '.npy', '.txt', '', '.parquet'])}"
         body = rng.bytes(int(pick([0, 1, 2, 7, 64, 1024, 1200])))
-        head = np.zeros(256, "<i4")
-        head[:3] = 20240520, pick([0, 1, 2, 7]), pick([-1, 0, 32, 2 ** 31 - 1, len(body) // 2])
         if path.suffix == ".npy":
-            with open(path, "wb") as file:
-                np.save(file, np.zeros(pick([0, 3, (2, 2)]), pick(["u1", "f4", "i8", "U3"])))
-            data = bytearray(path.read_bytes())
-            data[rng.integers(len(data))] = rng.integers(256)
-            body = bytes(data)
-        path.write_bytes(pick([b"", head.tobytes()]) + body if path.suffix == ".bin" else body)
+            data = npy(np.zeros(pick([0, 3, (2, 2)]), pick(["u1", "f4", "i8", "U3"])))
+            at = rng.integers(len(data))
+            body = data[:at] + rng.bytes(1) + data[at + 1:]
+        if path.suffix == ".bin" and pick([False, True]):
+            count = pick([-1, 0, 32, 2 ** 31 - 1, len(body) // 2])
+            body = shard(pick([0, 1, 2, 7]), np.frombuffer(body, np.uint8), count)
+        path.write_bytes(body)
         known = path.suffix in (".bin", ".npy")
         tokenizer = pick(["bytes", "gpt2", "gpt3", ""]) if known else "bytes"
         one_line((path.name, tokenizer), lambda: tasks.load_tokens(path, tokenizer), tmp_path)
