@@ -2105,7 +2105,8 @@ def test_mistakes_with_several_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("not one of compression: start this one with python",
             train.run_and_report, ["--task", "compression"])
-    refused("torchrun has started 2", train.run_and_report, ["--task=mad", "--workers", "2"])
+    refused("torchrun has started 2", train.run_and_report,
+            ["--task=mad", "--workers", "2", "--out", str(tmp_path)])
     ranks = train.Ranks("text")
     assert (ranks.rank, ranks.count) == (0, 2) and train.Ranks("compression").count == 1
     refused("--device cpu", ranks.connect, "mps")
