@@ -2861,7 +2861,7 @@ def test_fuzz_of_runs(tmp_path, monkeypatch):
     fields = [f for f in dataclasses.fields(train.TrainConfig) if f.name not in (
         "detect", "resume", "out", "name", "compile", "data", "tokenizer")]
     large = ("dim", "seq_len", "vocab_size", "num_train", "context", "steps", "epochs")
-    few = dict(FEW_STEPS, num_train=4, batch_size=2, steps=3)
+    few = dict(SMALL, num_train=4, batch_size=2, steps=3)
     for i in range(150):
         out = tmp_path / str(i)
         change = {f.name: pick([*f.metadata.get("choices", ()), *values[train.field_type(f)]])
