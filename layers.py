@@ -10,12 +10,14 @@ the plain loop that defines it, then the layers, then the table `LAYERS` that na
   K key width of a head               V value width of a head
   N state of a channel                E experts           C chunk length, or channels
 
-A layer is built as Layer(dim, max_len, **settings) and has
+A layer is built as Layer(dim, max_len, **settings); only tables and filters depend on max_len, the
+longest sequence. It has, for T >= 1,
   forward(x)                (B, T, D) -> (B, T, D), causal
   init_state, step(x, s)    the same, a token at a time: (B, D), state -> (B, D), state
   flops(T)                  forward FLOPs of one sequence, a multiply-add counting 2
   nominal(T)                its state as the paper counts it; `count_state` counts real tensors
-To add your own: one class, one line in `LAYERS`. The tests, benchmark and --arch then know it.
+To add your own: one class, one line in `LAYERS`. Tests, benchmark and --layers then know it.
+Weights stay in float32 (or float64): bf16 is what autocast makes of matrix products.
 
   python layers.py                 every layer: fast path against its plain loop, on this machine
   python layers.py --layers mamba,hyena --compile --peers
@@ -62,7 +64,7 @@ def defined_by(reference):
 
     def pair(fast):
         @functools.wraps(fast)
-        def either(*args, **named):         # an argument that the loop lacks says how, not what
+        def either(*args, **named):         # what the loop has no use for (method) chooses a way
             if PLAIN:
                 return reference(*args, **{k: v for k, v in named.items() if k in known})
             return fast(*args, **named)
@@ -94,7 +96,7 @@ def long_conv_reference(u, h):
 def fft_length(T):
     """
     The smallest even n >= 2T - 1 whose factors are 2, 3 and 5: from 2T - 1 on a circular
-    convolution does not wrap, such n have fast FFTs, and for even n, n/2 + 1 frequencies say all.
+    convolution does not wrap, and such n have fast FFTs, of real numbers the even ones much faster.
     """
     def smooth(n):
         for p in (2, 3, 5):
@@ -104,9 +106,9 @@ def fft_length(T):
     return next(n for n in range(max(2, 2 * T - 1), 8 * T) if n % 2 == 0 and smooth(n))
 
 
-# The arrays inside such an operation are larger than its inputs and outputs. On a CPU they need not
-# leave the cache: one piece of the batch, or stretch of time, is finished before the next begins.
-CACHED = 1 << 19                      # numbers of one such array in a piece: 2 MB in float32
+# A convolution's spectra and a scan's states are larger than its inputs and outputs. On a CPU they
+# need not leave the cache: one piece of the batch, or stretch of time, is finished before the next.
+CACHED = 1 << 19                # numbers of one such array in a piece (results/cache-size.txt)
 
 
 def _pieces(u, n):
@@ -116,7 +118,8 @@ def _pieces(u, n):
 
 
 # An operator of its own, since torch.compile has no code for complex numbers: it calls this as it
-# is, without a graph break. The spectra are outputs, so that the backward pass can reuse them.
+# is, without a graph break. The spectra are outputs, so that the backward pass can reuse them. (It
+# can be differentiated once, as `selective_scan`.)
 @torch.library.custom_op("nanomad::fft_conv", mutates_args=())
 def _fft_conv(u: torch.Tensor, h: torch.Tensor
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,7 +161,7 @@ def _(g, fu, fh):
 
 
 def _fft_conv_save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)             # the spectra have no gradient: make no zeros of it
+    ctx.set_materialize_grads(False)     # the spectra get no gradient: don't fill one with zeros
     ctx.save_for_backward(*output[1:])
 
 
@@ -169,6 +172,11 @@ def _fft_conv_grad(ctx, g, _fu, _fh):
 _fft_conv.register_autograd(_fft_conv_grad, setup_context=_fft_conv_save)
 
 
+def check_method(method, *known):
+    if method not in ("auto", *known):
+        raise ValueError(f"method={method!r}; permitted: auto, {', '.join(known)}")
+
+
 def toeplitz(h, T):
     """h (D, T') -> (D, T, T), entry (s, t) = h_{t-s} for s <= t and 0 below the diagonal."""
     h = F.pad(h[:, :T], (T - 1, 0))                                           # (D, 2T - 1)
@@ -176,21 +184,24 @@ def toeplitz(h, T):
 
 
 @defined_by(long_conv_reference)
-def long_conv(u, h, method="auto"):
+def long_conv(u, h, *, method="auto"):
     """
     Causal convolution along T of u (B, T, D) with filters h (D, T'), T' >= T -> (B, T, D). O(T log
     T) as an FFT, O(T^2) as a product with the Toeplitz matrix of h, which autocast takes in bf16.
 
     method: "fft", "toeplitz" or "auto": the matrix on a CPU up to T = 64, as `python layers.py
-    --break-even` measured; on a GPU, whose matrix units are faster, up to 512 (a guess so far).
+    --break-even` measured; on a GPU, whose matrix units are faster, up to 512 and 1 GB of matrices
+    (not measured yet). Raises ValueError for another method, or for filters shorter than u.
     """
     u, h, T = *at_least_float32(u, h), u.shape[1]
     if h.shape[1] < T:
         raise ValueError(f"long_conv: filter of length {h.shape[1]} for a sequence of length {T}")
+    check_method(method, "toeplitz", "fft")
     if method == "auto":
-        method = "toeplitz" if T <= (64 if u.device.type == "cpu" else 512) else "fft"
+        few = T <= 64 if u.device.type == "cpu" else T <= 512 and len(h) * T * T <= 1 << 28
+        method = "toeplitz" if few else "fft"
     if method == "fft":
-        return _fft_conv(u.mT, h[:, :T])[0].mT          # time last: what an FFT reads is in a row
+        return _fft_conv(u.mT, h[:, :T])[0].mT          # (D, T): an FFT reads along time
     return (u.permute(2, 0, 1) @ toeplitz(h, T)).permute(1, 2, 0)             # bmm (D, B, T)
 
 
@@ -239,11 +250,15 @@ def _scan_loop(a, b, reverse):
     return h
 
 
-def _scan_blocks(a, b):
+def _scan_blocks(a, b, reverse):
     """
-    The same in 5 sqrt(T) kernels instead of T, for GPUs, where each launch costs microseconds: scan
-    all chunks side by side from zero, then add to each chunk the end of the one before it, decayed.
+    The same for GPUs, where every launch of a kernel costs microseconds, in 5 sqrt(T) of them: scan
+    all chunks of sqrt(T) side by side from zero, then add to each the end of the one before it,
+    decayed.
     """
+    if reverse:
+        a = F.pad(a[:, 1:], (0, 0, 0, 1))                                     # a_{t+1}
+        return _scan_blocks(a.flip(1), b.flip(1), False).flip(1)
     B, T, N = b.shape
     c = math.isqrt(T - 1) + 1
     a, b = (F.pad(x, (0, 0, 0, -T % c)).view(B, -1, c, N) for x in (a, b))    # (B, chunks, c, N)
@@ -258,12 +273,7 @@ def _scan_blocks(a, b):
 
 @torch.library.custom_op("nanomad::scan", mutates_args=())
 def _scan(a: torch.Tensor, b: torch.Tensor, reverse: bool) -> torch.Tensor:
-    if b.device.type == "cpu":
-        return _scan_loop(a, b, reverse)
-    if not reverse:
-        return _scan_blocks(a, b)
-    after = F.pad(a[:, 1:], (0, 0, 0, 1))                                     # a_{t+1}
-    return _scan_blocks(after.flip(1), b.flip(1)).flip(1)
+    return (_scan_loop if b.device.type == "cpu" else _scan_blocks)(a, b, reverse)
 
 
 @_scan.register_fake
@@ -290,20 +300,23 @@ _scan.register_autograd(_scan_grad, setup_context=_scan_save)
 def linear_scan(a, b):
     """
     h_t = a_t h_{t-1} + b_t along dim 1. a, b (B, T, ...), real or both complex, a may broadcast ->
-    shape of b.
+    shape of b. Raises ValueError where only one is complex.
     """
     a, b = at_least_float32(a, b)
+    if a.is_complex() != b.is_complex():
+        raise ValueError(f"linear_scan: a is {a.dtype}, b is {b.dtype}: make both complex or none")
     flat = (*b.shape[:2], -1)
     return _scan(a.expand_as(b).reshape(flat), b.reshape(flat), False).view_as(b)
 
 
 # -------------------------------------------------------------------------------------------------
 #   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,     y_t = C_t . h_t          (a state of N a channel)
-# A, B and C as arguments are Mamba's; in the shapes B is the batch and C the channels, as ever.
+# The arguments A, B and C are named as in Mamba's paper; in shapes B is the batch, C the channels.
 
 
 def selective_step(h, x, dt, A, B, C):
     """One token. h (B, N, C), x and dt (B, C), A (C, N), B and C (B, N) -> y (B, C), h."""
+    h = at_least_float32(h)
     h = (dt[:, None] * A.T).exp() * h + (dt * x)[:, None] * B[..., None]
     return (h * C[..., None]).sum(1), h
 
@@ -399,14 +412,19 @@ def _selective_scan_grad(ctx, g, _):
 _selective_scan.register_autograd(_selective_scan_grad, setup_context=_selective_scan_save)
 
 
+def selective_scan_whole(x, dt, A, B, C):
+    """The same for GPUs, with all states in memory at once."""
+    a, b = (dt[:, :, None] * A.T).exp(), (dt * x)[:, :, None] * B[..., None]  # (B, T, N, C)
+    return (linear_scan(a, b) * C[..., None]).sum(2)
+
+
 @defined_by(selective_scan_reference)
 def selective_scan(x, dt, A, B, C):
     """Mamba's recurrence. x, dt (B, T, C), A (C, N), B and C (B, T, N) -> y (B, T, C), float32."""
     x, dt, A, B, C = at_least_float32(x, dt, A, B, C)
     if x.device.type == "cpu":
         return _selective_scan(x, dt, A.T.contiguous(), B, C)[0]              # inside, A is (N, C)
-    a, b = (dt[:, :, None] * A.T).exp(), (dt * x)[:, :, None] * B[..., None]  # (B, T, N, C)
-    return (linear_scan(a, b) * C[..., None]).sum(2)
+    return selective_scan_whole(x, dt, A, B, C)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -416,6 +434,7 @@ def selective_scan(x, dt, A, B, C):
 
 def gated_linear_step(S, q, k, v, log_a=None, u=None):
     """One token. S (B, H, K, V), q, k, log_a (B, H, K), v (B, H, V), u (H, K) -> y (B, H, V), S."""
+    S, q, k, v = at_least_float32(S, q, k, v)             # in bf16, sums would stop growing
     kv = k[..., None] * v[..., None, :]                                       # (B, H, K, V)
     old, S = S, (S if log_a is None else log_a.exp()[..., None] * S) + kv
     read = S if u is None else old + u[..., None] * kv
@@ -435,15 +454,16 @@ def gated_linear_scan_reference(q, k, v, log_a=None, u=None):
 
 def decayed_scores(q, k, log_a, u):
     """
-    Scores (.., C, C) of one chunk: entry (t, s) = sum_K q_t k_s prod(a_{s+1} .. a_t) for s <= t
-    (RWKV: up to a_{t-1}, and u on the diagonal); and the logarithms of the decay from the chunk's
-    start up to each t, from each s to its end, and of all of it. q, k, log_a (.., C, K), C a power
-    of 2.
+    q, k, log_a (.., C, K) of one chunk, C a power of 2 ->
+      scores (.., C, C): entry (t, s) = sum_K q_t k_s prod(a_{s+1} .. a_t) for s <= t; with RWKV's
+        bonus u, prod up to a_{t-1}, and u on the diagonal;
+      to_t, from_s (.., C, K): log of the decay from the chunk's start to t, and from s to its end;
+      total (.., K): that of the whole chunk.
 
-    Dividing cumulative products explodes, and forming all C x C x K decays is slow. Instead double
-    the blocks: log2 C times, join two neighbours; a pair (t, s) that meets in the join is separated
-    by its middle, so its decay is that from the middle to t times that from s to the middle: two
-    factors, each at most 1, and a matrix product.
+    Dividing cumulative products explodes, and forming all C x C x K decays is slow. Instead join
+    neighbouring blocks, log2 C times: of 4 tokens (0 1) (2 3), then (01 23). A pair s < t that
+    meets in a join has its middle between them, so its decay is that from s to the middle times
+    that from the middle to t: two factors, each at most 1, and a matrix product.
     """
     C = q.shape[-2]
     halves = lambda x, m: x.unflatten(-2, (-1, 2, m)).unbind(-3)              # two (.., n, m, K)
@@ -458,39 +478,43 @@ def decayed_scores(q, k, log_a, u):
         from_s = torch.stack((s0 + right, s1), -3).flatten(-4, -2)
         total = left + right
         first, last = scores.unflatten(-3, (-1, 2)).unbind(-3)                # (.., n, m, m)
-        joined = (late @ early.mT).to(scores.dtype)
-        scores = torch.cat((F.pad(first, (0, m)), torch.cat((joined, last), -1)), -2)
+        joined = (late @ early.mT).to(scores.dtype)                           # (.., n, m, m)
+        scores = torch.cat((F.pad(first, (0, m)), torch.cat((joined, last), -1)), -2)    # 2m, 2m
     return scores.squeeze(-3), to_t, from_s, total[..., 0, 0, :]
 
 
 @defined_by(gated_linear_scan_reference)
-def gated_linear_scan(q, k, v, log_a=None, u=None, chunk=64):
+def gated_linear_scan(q, k, v, log_a=None, u=None, *, chunk=64):
     """
     The one recurrence behind linear attention, GLA and RWKV, by chunks: inside a chunk as masked
     attention, between chunks by its state. O(T C), stable for any decay.
 
     Args: q, k (B, H, T, K), v (B, H, T, V), log_a <= 0 (B or 1, H, T, K or 1), None: no decay,
         u (H, K) or None, chunk a power of 2. Returns (B, H, T, V); under autocast its products are
-        bf16.
+        bf16. Raises ValueError for another chunk.
     """
+    if chunk & (chunk - 1):
+        raise ValueError(f"chunk={chunk}; permitted: a power of 2")
     q, k, v, T = *at_least_float32(q, k, v), q.shape[2]
     C = min(chunk, 1 << (T - 1).bit_length())
     cut = lambda x: F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))         # (B, H, n, C, .)
     q, k, v = cut(q), cut(k), cut(v)
     if log_a is not None:
         log_a = cut(at_least_float32(log_a))
-    if log_a is None:                                     # nothing decays: a mask is all there is
-        scores, to_past, to_future, decay = (q @ k.mT).tril(0 if u is None else -1), q, k, None
+    if log_a is None:                         # no decay: masked attention without its softmax
+        scores = (q @ k.mT).tril(0 if u is None else -1)
         if u is not None:
             scores = scores + (q * k * u[:, None, None]).sum(-1).diag_embed()
     else:
         scores, to_t, from_s, total = decayed_scores(q, k, log_a, u)
-        to_past, to_future, decay = q * to_t.exp(), k * from_s.exp(), total.exp()
     y = scores @ v                                                            # (B, H, n, C, V)
     if q.shape[2] > 1:
-        kv = at_least_float32(to_future.mT @ v).transpose(1, 2)               # (B, n, H, K, V)
-        S = kv.cumsum(1) if decay is None else linear_scan(decay.transpose(1, 2)[..., None], kv)
-        past = to_past[:, :, 1:] @ S.transpose(1, 2)[:, :, :-1]               # (B, H, n-1, C, V)
+        if log_a is not None:
+            q, k = q * to_t.exp(), k * from_s.exp()
+        kv = at_least_float32(k.mT @ v).transpose(1, 2)                       # (B, n, H, K, V)
+        S = (kv.cumsum(1) if log_a is None else
+             linear_scan(total.exp().transpose(1, 2)[..., None], kv))
+        past = q[:, :, 1:] @ S.transpose(1, 2)[:, :, :-1]                     # (B, H, n-1, C, V)
         y = y + F.pad(past, (0, 0, 0, 0, 1, 0))
     return y.flatten(2, 3)[:, :, :T]
 
@@ -531,7 +555,7 @@ class Layer(nn.Module):
 
 
 def count_state(state):
-    """Real numbers per sequence in a (nested) state, counted from its tensors, indices left out."""
+    """Real numbers per sequence in a (nested) state: of its tensors, but for integer counters."""
     if torch.is_tensor(state):
         return state[0].numel() * (1 + state.is_complex()) if state.dtype != torch.long else 0
     return sum(map(count_state, state))
@@ -554,13 +578,13 @@ def linear(inputs, outputs):
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def split_heads(x, *shape):
-    """(B, C, T), time last -> (B, *shape, K, T)."""
-    return x.unflatten(1, (*shape, -1))
+def split_heads(x, heads):
+    """(B, T, D) -> (B, H, T, K)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x):
-    """(B, H, T, K) -> (B, T, D)."""
+    """(B, H, T, K) -> (B, T, D), in memory with time last, as most of what makes x leaves it."""
     return x.mT.flatten(1, 2).mT
 
 
@@ -604,7 +628,7 @@ class ShortConv(nn.Module):
 class Router(nn.Module):
     """
     The top_k experts of a token, weighted by a softmax over their scores alone. mad-lab sets the
-    other scores to 0 *before* its softmax, where 0 is a score like any other: all 8 stay on.
+    other scores to 0 *before* its softmax, where 0 is a score like any other: all experts stay on.
     """
 
     def __init__(self, dim, experts, top_k):
@@ -615,7 +639,9 @@ class Router(nn.Module):
         self.experts, self.top_k, self.score = experts, top_k, linear(dim, experts)
 
     def forward(self, x):                                                     # (.., D)
-        best, chosen = at_least_float32(self.score(x)).topk(self.top_k, -1)
+        with torch.autocast(x.device.type, enabled=False):        # rounded, they'd choose others
+            scores = F.linear(at_least_float32(x), at_least_float32(self.score.weight))
+        best, chosen = scores.topk(self.top_k, -1)
         return best.softmax(-1), chosen                                       # (.., top_k) both
 
 
@@ -652,8 +678,8 @@ def hide(mask, like):
 
 def row_blocks(T):
     """
-    Blocks [t, end) of a causal (T, T) matrix's rows, each to be computed up to column end, which
-    skips most of what is masked. Eight blocks: fewer skip less, more cost more to start.
+    Blocks [t, end) of a causal (T, T) matrix's rows: they need columns up to end only, the rest is
+    masked. About eight blocks, of at least 64 rows: fewer skip less, more cost more to start.
     """
     rows = max(64, -(-T // 8))
     return [(t, min(t + rows, T)) for t in range(0, T, rows)]
@@ -676,7 +702,8 @@ def windowed_attention(q, k, v, window):
 def causal_attention(q, k, v, window=None):
     """
     Attention by torch's fused kernel on GPUs. On CPUs that kernel's backward pass is slow for
-    narrow heads: two matrix products and a softmax there, in row blocks.
+    narrow heads: two matrix products and a softmax there, in row blocks. (Under autocast these
+    round q . k to bf16, which the fused kernel keeps in float32.)
     """
     T, width = q.shape[2], q.shape[-1]
     if window is not None and window < T:
@@ -686,10 +713,11 @@ def causal_attention(q, k, v, window=None):
         return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v, is_causal=True)
     q, ys = q / width ** 0.5, []
     for t, end in row_blocks(T):
-        seen = torch.ones(end - t, end, dtype=torch.bool, device=q.device).tril(t)
+        seen = torch.ones(end - t, end, dtype=torch.bool).tril(t)
         scores = q[:, :, t:end] @ k[:, :, :end].mT + hide(seen, q)
+        # v^T p^T, not p v, which has only K columns: a narrow product, slow on a CPU.
         ys.append(v[:, :, :end].mT @ scores.softmax(-1).mT)                   # (B, H, K, rows)
-    return torch.cat(ys, 3).mT                # so its products are wide: p @ v has only K columns
+    return torch.cat(ys, 3).mT
 
 
 def rotary_table(position, width):
@@ -724,7 +752,7 @@ class Attention(Layer):
 
     def project(self, x, table):
         """q, k, v (B, H, T, K); in memory time is contiguous in q and k, K in v."""
-        q, k, v = split_heads(self.qkv(x).mT, 3, self.heads).unbind(1)        # (B, H, K, T)
+        q, k, v = self.qkv(x).mT.unflatten(1, (3, self.heads, -1)).unbind(1)  # (B, H, K, T)
         return rotate(q, table).mT, rotate(k, table).mT, v.mT
 
     def forward(self, x):
@@ -771,9 +799,9 @@ class ImplicitFilter(nn.Module):
     """
     h_c(t) = mlp(t, cos, sin)_c * exp(-delta_c t) + d_c [t = 0], t in units of max_len: a sine MLP
     of width `order` under decays spread over the channels (Hyena, Poli et al. 2023, section 3.3).
-    Unlike mad-lab's, whose cos and sin hardly move, ours make one turn over max_len.
+    Ours make one turn over max_len; mad-lab's cos and sin change little over it.
 
-    To step, it has no recurrence: the state is the whole history of inputs.
+    It has no recurrent form: `step` keeps every input, and costs O(t) a token.
     """
 
     def __init__(self, channels, max_len, order):
@@ -783,7 +811,8 @@ class ImplicitFilter(nn.Module):
                                      nn.Linear(order, order)])
         self.readout = linear(order, channels)
         self.skip = nn.Parameter(torch.randn(channels))
-        slow, fast = math.log(100) / 1.5, math.log(100) / 0.3     # 1% is left at t = 1.5, 0.3
+        # 1% is left at t = 1.5 of the slowest, 0.3 of the fastest: the Hyena authors' defaults.
+        slow, fast = math.log(100) / 1.5, math.log(100) / 0.3
         self.register_buffer("delta", torch.linspace(slow, fast, channels), persistent=False)
 
     def forward(self, T):                                                     # -> (C, T)
@@ -820,9 +849,6 @@ class ModalFilter(nn.Module):
         self.residue = nn.Parameter(torch.randn(channels, order, 2) / order)
         self.skip = nn.Parameter(torch.randn(channels))
 
-    def log_poles(self):
-        return torch.complex(-self.log_rate.exp(), self.angle)                # (C, N)
-
     def forward(self, T):                                                     # -> (C, T)
         # Re(R p^t) = |p|^t (Re R cos(angle t) - Im R sin(angle t)): no complex numbers needed.
         t = torch.arange(T, device=self.skip.device, dtype=self.skip.dtype)
@@ -838,7 +864,8 @@ class ModalFilter(nn.Module):
     def step(self, u, state):
         """x_n = p_n x_n + u, y = Re sum_n R_n x_n + d u; u (B, C, ...), state (B, C, ..., N, 2)."""
         like = lambda w: w.view(len(w), *[1] * (u.ndim - 2), *w.shape[1:])    # (C, 1.., N)
-        pole, residue = self.log_poles().exp(), torch.view_as_complex(self.residue)
+        pole = torch.complex(-self.log_rate.exp(), self.angle).exp()          # (C, N)
+        residue = torch.view_as_complex(self.residue)
         x = like(pole) * torch.view_as_complex(state) + u[..., None]
         y = (like(residue) * x).real.sum(-1) + like(self.skip) * u
         return y, torch.view_as_real(x)
@@ -942,15 +969,16 @@ def toeplitz_attention_reference(q, k, v, h):
 
 
 @defined_by(toeplitz_attention_reference)
-def toeplitz_attention(q, k, v, h, method="auto"):
+def toeplitz_attention(q, k, v, h, *, method="auto"):
     """
     Linear attention under a Toeplitz mask, (B, H, T, V).
 
     method: "mask", (mask * (k q^T))^T v in O(T^2), without an outer product; "fft", a long
-    convolution of k_i * v for each of the K key channels i, then y = sum_i q_i * that; or "auto",
-    which `python layers.py --break-even` bears out: the mask on a CPU up to T = 256 (on a GPU up
-    to 2048, a guess so far).
+    convolution of k_i * v for each of the K key channels i, then y = sum_i q_i * that; or "auto":
+    the mask on a CPU up to T = 256, as `python layers.py --break-even` measured (on a GPU up to
+    2048, not measured yet). Raises ValueError for another method.
     """
+    check_method(method, "mask", "fft")
     T, v = q.shape[2], v.mT                                                   # (B, H, V, T)
     if method == "auto":
         method = "mask" if T <= (256 if q.device.type == "cpu" else 2048) else "fft"
@@ -984,7 +1012,8 @@ class MultiHeadHyena(Layer):
         self.filter = make_filter(filter, heads, max_len, order)
 
     def forward(self, x):
-        q, k, v = split_heads(self.short(self.qkv(x).mT), 3, self.heads).mT.unbind(1)
+        mixed = self.short(self.qkv(x).mT).unflatten(1, (3, self.heads, -1))  # (B, 3, H, K, T)
+        q, k, v = mixed.mT.unbind(1)                                          # (B, H, T, K)
         y = toeplitz_attention(q, k, v, self.filter(x.shape[1]))              # (B, H, T, V)
         return self.out(merge_heads(y).to(x.dtype))
 
@@ -1017,6 +1046,7 @@ class MultiHeadHyena(Layer):
         return int(T * (short + channels * (10 * math.log2(max(T, 2)) + 6)))
 
     def nominal(self, T):
+        """As in Hyena: `order` numbers for each of the D V channels of k (x) v."""
         return self.dim * self.dim // self.heads * self.order
 
 
@@ -1032,9 +1062,11 @@ class MultiHeadHyena(Layer):
 
 class GatedLinearRecurrence(Layer):
     """
-    Forward, step and cost of the four layers that follow. Each says how tokens become
-    (q, k, v, log_a, u, gate) in `project`, and what happens to y in `readout`. shifts: `project`
-    also reads the token before, which then is state beside S. extra: columns added to v.
+    Forward, step and cost of the four layers that follow. Each has
+      project(x (B, T, D), x_{t-1} or None) -> q, k (B, H, T, K), v (B, H, T, V), log_a (B or 1, H,
+        T, K or 1) or None, u (H, K) or None, and a gate of its own;
+      readout(y (B, H, T, V), gate) -> (B, T, D).
+    shifts: `project` reads x_{t-1}, so the state is (S, x_{t-1}). extra: columns that it adds to v.
     """
 
     shifts, extra = False, 0
@@ -1112,7 +1144,7 @@ class LinearAttention(GatedLinearRecurrence):
         return merge_heads(y[..., :-1] / (y[..., -1:] + 1e-6))                # (B, T, D)
 
     def matmul_flops(self, T):
-        """x to 2D features of q and of k, to v, and out. (Merging weights is once a batch.)"""
+        """x to 2D features of q and of k, to v, and out. (Weights are multiplied once a batch.)"""
         return 2 * T * self.dim * (4 + 1 + 1) * self.dim
 
     def mixing_flops(self, T):
@@ -1122,8 +1154,9 @@ class LinearAttention(GatedLinearRecurrence):
 class GatedLinearAttention(GatedLinearRecurrence):
     """
     log a_t = logsigmoid(W_2 W_1 x_t + b) / 16;  y = (norm(S_t^T q_t) * silu(x W_g)) W_o
-    (Yang et al. 2024, sections 4.1 and 4.4.)  Args: heads H; rank of the gate. The code also scales
-    q by K^-1/2, as the authors' does; the norm takes that out again, but for its eps.
+    (Yang et al. 2024, sections 4.1 and 4.4.)  Args: heads H; rank of the gate. As in the authors'
+    code, the norm is an RMSNorm, W_g has no bias and q is scaled by K^-1/2, which the norm takes
+    out again but for its eps; keys are as wide as values (there: half).
     """
 
     def __init__(self, dim, max_len, heads=8, rank=16):
@@ -1135,7 +1168,7 @@ class GatedLinearAttention(GatedLinearRecurrence):
     def project(self, x, _):
         q, k, v, gate = self.qkvg(x).chunk(4, -1)
         log_a = F.logsigmoid(at_least_float32(self.decay(x))) / 16
-        q, k, v, log_a = (split_heads(p.mT, self.heads).mT for p in (q, k, v, log_a))
+        q, k, v, log_a = (split_heads(p, self.heads) for p in (q, k, v, log_a))
         return q * self.width ** -0.5, k, v, log_a, None, gate
 
     def readout(self, y, gate):
@@ -1146,7 +1179,7 @@ class RWKV5(GatedLinearRecurrence):
     """
     Tokens mixed with the one before; a = exp(-exp(w)) a channel, fixed; bonus u for the present
     token; y = (norm(..) * silu(g)) W_o   (Peng et al. 2024, Eagle, section 4.1).  Args: heads H.
-    q is scaled as in GLA.
+    q is scaled as in GLA. Initial values are simpler than the authors': one ramp, one bonus.
     """
 
     shifts, mixes = True, 4
@@ -1164,13 +1197,13 @@ class RWKV5(GatedLinearRecurrence):
     def mixtures(self, x, before):
         return x + (before - x) * self.mix[:, None, None].to(x.dtype)         # (4, B, T, D)
 
-    def log_decay(self, x):                                        # of x only the length is read
+    def log_decay(self, x):                               # RWKV-6 reads x; here only its length
         return -self.log_rate.exp().expand(1, x.shape[-2], -1)                # (1, T, D)
 
     def project(self, x, before):
         mixed = self.mixtures(x, before)                     # for r, k, v, g; in RWKV-6 for w, too
         xr, xk, xv, xg = mixed[:4]
-        q, k, v, log_a = (split_heads(p.mT, self.heads).mT for p in
+        q, k, v, log_a = (split_heads(p, self.heads) for p in
                           (self.r(xr), self.k(xk), self.v(xv), self.log_decay(mixed[-1])))
         return q * self.width ** -0.5, k, v, log_a, self.bonus, self.g(xg)
 
@@ -1203,7 +1236,8 @@ class RWKV6(RWKV5):
 
     def log_decay(self, x):
         w = self.log_rate + at_least_float32(self.decay_up(self.decay_down(x).tanh()))
-        return -w.exp()                                                       # (B, T, D)
+        # At w = 5 the decay is 1e-64, nothing; from 88 on the gradient would be inf times 0.
+        return -w.clamp(max=5).exp()                                          # (B, T, D)
 
     def matmul_flops(self, T):
         return super().matmul_flops(T) + 2 * T * self.mix_up.numel()
@@ -1227,7 +1261,8 @@ class Mamba(Layer):
         self.short = ShortConv(self.inner, kernel, bias=True)
         self.dt_B_C = linear(self.inner, dt_rank + 2 * state)
         self.dt_up = linear(dt_rank, self.inner)
-        # softplus(dt_bias) log-uniform in [0.001, 0.1]: memories of 10/n to 1000/n tokens, n to N.
+        # softplus(dt_bias) is log-uniform in [0.001, 0.1], as the authors have it: state n = 1..N
+        # forgets over 1 / (n dt), 10/n to 1000/n tokens.
         dt = torch.empty(self.inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(dt + (-torch.expm1(-dt)).log())           # inverse softplus
         nn.init.uniform_(self.dt_up.weight, -dt_rank ** -0.5, dt_rank ** -0.5)
@@ -1315,7 +1350,7 @@ def expert_glu_reference(x, weight, chosen, w_in, w_out):
 
 
 @defined_by(expert_glu_reference)
-def expert_glu(x, weight, chosen, w_in, w_out, block=128):
+def expert_glu(x, weight, chosen, w_in, w_out, *, block=128):
     """
     The same, computing only chosen experts. Tokens are sorted by expert and each expert's share is
     padded to whole blocks, so that no shape depends on the routing and each block is one product
@@ -1428,7 +1463,7 @@ def unknown(kind, name, known):
 
 
 def check_setting(name, key, value, default):
-    """A setting is of its default's kind; one whose default is None takes a whole number too."""
+    """A setting has the type of its default; one whose default is None takes a whole number too."""
     if value is default:
         return
     whole = default is None or isinstance(default, int)
@@ -1541,7 +1576,7 @@ def tune_allocator():
 
 
 def seconds(f, device="cpu", repeat=5):
-    """Seconds of the fastest of `repeat` calls, after one to warm up (0: of a single call)."""
+    """The fastest of `repeat` calls, after one to warm up; repeat=0: a single call, no warm-up."""
     best = math.inf
     for i in range(repeat + 1):
         start = time.perf_counter()

@@ -498,8 +498,10 @@ def test_recurrences_equal_their_loops(decay, T, dtype, tolerance):
         assert (scan(0 * q, k, v, log_a) == 0).all() and (scan(q, 0 * k, v, log_a, u) == 0).all()
     a, b = log_a.detach().mT.exp().requires_grad_(), normal(2, 3, 5, T, dtype=dtype)
     agree(layers.linear_scan, layers.linear_scan.reference, (a, b), tolerance)
-    blocks = layers._scan_blocks(a.detach()[:, 0].mT, b.detach()[:, 0].mT)      # what a GPU runs
-    assert gap(blocks, layers.linear_scan.reference(a[:, 0].mT, b[:, 0].mT), 1e-3) < tolerance
+    for reverse in (False, True):                                    # what a GPU runs
+        ways = [scan(a.detach()[:, 0].mT, b.detach()[:, 0].mT, reverse)
+                for scan in (layers._scan_blocks, layers._scan_loop)]
+        assert gap(*ways, 1e-3) < tolerance
     turning = lambda scan: lambda a, angle, b: torch.view_as_real(           # complex a and b
         scan(torch.polar(a, angle), torch.complex(b, angle)))
     agree(turning(layers.linear_scan), turning(layers.linear_scan.reference),
@@ -514,8 +516,9 @@ def test_selective_scan_equals_its_loop(cached, T, dtype, tolerance, monkeypatch
     for rate in (0.1, 1.0, 20.0):                        # log decays from -0.05 to -20 a step
         dt = normal(2, T, 6, seed=3).detach().sigmoid().to(dtype).requires_grad_()
         A = -rate * normal(6, 3, seed=4).detach().sigmoid().to(dtype)
-        agree(layers.selective_scan, layers.selective_scan.reference,
-              (x, dt, A.requires_grad_(), B, C), tolerance)
+        for scan in (layers.selective_scan, layers.selective_scan_whole):        # CPU's and GPU's
+            agree(scan, layers.selective_scan.reference, (x, dt, A.requires_grad_(), B, C),
+                  tolerance)
 
 
 @every_length
