@@ -171,6 +171,9 @@ class Model(nn.Module):
         return self.unembed(self.norm(x))
 
     def init_state(self, batch):
+        """The state before the first token. Raises ValueError for an autoencoder."""
+        if self.decoder is not None:
+            raise ValueError("step and generate need a language model; this is an autoencoder")
         at = dict(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
         return [block.layer.init_state(batch, **at) for block in self.blocks]
 
@@ -188,8 +191,6 @@ class Model(nn.Module):
         Continue tokens (B, T) by n more, through `step`; temperature 0 is greedy. Returns
         (B, T + n). Raises ValueError for an autoencoder and for T = 0.
         """
-        if self.decoder is not None:
-            raise ValueError("generate needs a language model; this one is an autoencoder")
         if not tokens.shape[1]:
             raise ValueError("generate needs at least one token to go on from")
         state = self.init_state(len(tokens))

@@ -734,6 +734,19 @@ def test_experts_equal_their_loop(pile):
           (x, weight, w_in, w_out), 1e-9)
 
 
+def test_mamba_equals_an_implementation_by_others():
+    mamba = pytest.importorskip("mambapy.mamba")
+    theirs = mamba.MambaBlock(mamba.MambaConfig(16, n_layers=1, d_state=4, dt_rank=8)).double()
+    ours, names = build_layer("mamba", 16, 64).double(), dict(
+        xz="in_proj", dt_B_C="x_proj", dt_up="dt_proj", out="out_proj")
+    ours.load_state_dict({
+        **{f"{our}.weight": getattr(theirs, their).weight for our, their in names.items()},
+        "dt_bias": theirs.dt_proj.bias, "A_log": theirs.A_log, "D": theirs.D,
+        "short.taps": theirs.conv1d.weight[:, 0].flip(1), "short.bias": theirs.conv1d.bias})
+    x = torch.randn(2, 37, 16, dtype=torch.float64)
+    assert (ours(x) - theirs(x)).abs().max() < 1e-10
+
+
 def test_layer_errors_name_the_way_out():
     for message, name, dim, settings in [
             ("did you mean mamba.*rwkv6-time-mixer", "mamab", D, {}),
@@ -882,10 +895,14 @@ def test_readme_shows_what_is_recorded():
         assert [line for line in block.split("\n") if line not in lines] == [], name
     eager, compiled, long = (recorded_times(f"layers{kind}.txt")
                              for kind in ("", "-compiled", "-long"))
-    table = re.findall(r"\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]*) \|[^|]*\| ([\d.]+) \| "
-                       r"([\d.]+) \| (\d+) \| (\d*) \|", readme)
+    table = re.findall(r"\| `([\w-]+)` \|[^|]*\| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ?([\d.]*) "
+                       r"\| ([\d.]+) \| ([\d.]+) \| (\d+) \| ?(\d*) \|", readme)
     assert {row[0] for row in table} == set(LAYERS)
-    for name, units, faster, power, power_long, memory, memory_compiled in table:
+    for name, state, flops, units, faster, power, power_long, memory, memory_compiled in table:
+        layer = layers.build_layer(name, 128, 1024)
+        assert f"{layer.flops(1024) / 1024e6:.3f}" == flops == eager[name][7], name
+        grows = 2 * 128 * 1024 if state == "2·128 T" else 0
+        assert layer.nominal(1024) == (grows or int(state.replace(",", ""))), name
         assert [units, power, memory] == eager[name][2:5] and power_long == long[name][3]
         assert [faster, memory_compiled] == compiled.get(name, 5 * [""])[2:5:2]
     recorded = (HERE / "results" / "mad" / "table.md").read_text().split("\n")
@@ -1812,7 +1829,10 @@ def test_partial_batches_are_tested_whole():
     ("--steps 0", "at least 1"), ("--steps ten", "invalid"), ("--steps", "expected one argument"),
     ("--seq-len 127", "even number"), ("--device tpu9", "try --device cpu"),
     ("--compile maybe", "on, max-autotune, off"), ("--name //", "at least one letter or digit"),
-    ("--num-tokens-to-copy 8", "only selective-copying"),
+    ("--num-tokens-to-copy 8", "only selective-copying"), ("--clip 0", "permitted: above 0"),
+    ("--arch mamba --layers mlp", "one or the other"), ("--steps 9 --epochs 7", "one or the other"),
+    ("--schedule constant --min-lr 1e-5", "min_lr is 1e-05, but a constant"),
+    ("--benchmark --dim 64", "option is '--dim'"), ("--benchmark --device tpu9", "--device cpu"),
     ("--task compression --data sums.txt", "only --task text take")] + [
     (f"--task text --data sums.txt --dtype float32 {more}", message) for more, message in [
         ("--seq-len 64", "seq_len is 64, but --task text has no use"), ("--vocab-size 9", "no use"),
@@ -1852,6 +1872,21 @@ def test_help_and_a_run_from_the_command_line(tmp_path):
     assert "test_acc" in done.stderr and "tokens_s" in done.stderr
 
 
+def test_benchmark_as_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    generated = []
+    monkeypatch.setattr(train, "benchmark_generation", generated.append)
+    monkeypatch.setattr(train, "benchmark_runs", lambda config, device: [
+        ("tiny", short(tmp_path, steps=1000, dtype=config.dtype, compile=config.compile))])
+    monkeypatch.setattr(sys, "argv", shlex.split(
+        "train.py --benchmark --device cpu --dtype float32 --compile off"))
+    assert train.main() == 0 and generated == ["cpu"] and not list(tmp_path.iterdir())
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert [row[0], row[2], row[7], row[9]] == ["tiny", "1,920", "n/a", "no"]
+    ms, rate = float(row[3]), float(row[5].replace(",", ""))
+    assert rate == pytest.approx(1920 / ms * 1e3, rel=0.1) and float(row[8]) > 0
+
+
 def test_suggested_commands_keep_the_options():
     result = collections.defaultdict(int, folder="a b", ended="")
     commands = lambda **options: [line.strip().removeprefix("python train.py ") for line in
@@ -1861,6 +1896,8 @@ def test_suggested_commands_keep_the_options():
     assert commands(arch="transformer", task=COPYING, seq_len=64, steps=9) == [
         f"--arch hybrid --task {COPYING} --steps 9 --seq-len 64", "--show 'a b'",
         f"--arch transformer --task {COPYING} --epochs 200 --seq-len 64"]
+    assert commands(arch="transformer", steps=900, warmup=800)[2] == (    # 200 epochs of 4 steps
+        "--arch transformer --epochs 200")
     assert commands(layers="mlp", task="text", tokenizer="gpt2", context=64, name="x") == [
         "--sample 'a b' --prompt 'def '",
         "--arch transformer --task text --tokenizer gpt2 --context 64"]
@@ -2107,12 +2144,13 @@ def test_processes_that_are_killed_or_stopped(tmp_path):
 def test_mistakes_with_several_processes(tmp_path, monkeypatch):
     refused("is 9; permitted: a multiple of 2", data_of, text(tmp_path, batch_size=9), 0, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     refused("not one of compression: start this one with python",
             train.run_and_report, ["--task", "compression"])
     refused("torchrun has started 2", train.run_and_report,
             ["--task=mad", "--workers", "2", "--out", str(tmp_path)])
     ranks = train.Ranks("text")
-    assert (ranks.rank, ranks.count) == (0, 2) and train.Ranks("compression").count == 1
+    assert (ranks.rank, ranks.count) == (1, 2) and train.Ranks("compression").count == 1
     refused("--device cpu", ranks.connect, "mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     refused("process 0 of this machine finds 0 GPUs", ranks.connect, "cuda")
@@ -2254,11 +2292,15 @@ def test_failed_runs(fake, tmp_path):
     got = score(mad(tmp_path), trained=22, failed=2, open=0)
     assert got["mean"] == 0.5 and got["file"] is None and "tries them again" in got["said"]
     error = train.folder_of(next(filter(noisy, fake.runs))) / "error.txt"
+    for name, text in (("stray", "{}"), ("broken", "{")):            # of no code that can be told
+        (error.parents[1] / name).mkdir()
+        (error.parents[1] / name / "result.json").write_text(text)
     assert "Traceback" in error.read_text() and str(error.parent) in got["said"]
     fake.accuracy = failing(FloatingPointError("the loss is nan"),
                             lambda c: noisy(c) or c.task == RECALL and c.seed == 1)
     assert score(mad(tmp_path), reused=22, failed=2)["file"]         # now the others count
-    none = score(mad(tmp_path, seed=1), of_other_options=22)         # no run of recall: no mean
+    # No run of recall, so no mean.
+    none = score(mad(tmp_path, seed=1), of_other_options=22, of_other_code=2)
     assert none["mean"] is None and none["tasks"][RECALL]["token"] is None and not none["file"]
     assert "missing" in none["said"]
     fake.accuracy = lambda c: 0.5
@@ -2282,10 +2324,23 @@ def test_key_of_a_run(monkeypatch):
     assert train.meaning(code) == train.meaning(bare) != train.meaning(bare.replace("1", "2"))
 
 
+def test_the_version_of_the_code_is_that_of_four_files(tmp_path, monkeypatch):
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    versions = [train.code_version.__wrapped__()]
+    for name in ("tasks", "layers", "model", "train", "scaling", "test_all"):
+        with open(tmp_path / f"{name}.py", "a") as file:
+            file.write("\nanother_line = True\n")
+        versions.append(train.code_version.__wrapped__())
+    assert len(set(versions[:5])) == 5 and set(versions[4:]) == {versions[4]}
+
+
 def test_what_has_no_say_is_no_part_of_a_run():
     key = lambda **options: train.run_key(train.TrainConfig(**options))
-    assert key(arch="mamba", layers="swiglu") == key(layers="swiglu")
-    assert key(steps=9, epochs=7) == key(steps=9) != key(epochs=7)
+    base = tasks.BASELINES[RECALL]
+    assert key(seq_len=base.seq_len, num_train=base.num_train) == key() != key(steps=9)
+    assert train.TrainConfig(vocab_size=base.vocab_size).run_name == train.TrainConfig().run_name
     layer, arch = train.MadConfig(layers="mh-hyena"), train.MadConfig(arch="mh-hyena")
     assert layer.label == "mh-hyena()" and arch.label == "mh-hyena"          # not the same model
     assert train.size_of(layer)["pattern"] == "mh-hyena"
@@ -2762,6 +2817,26 @@ def test_a_number_that_is_not_finite_ends_the_run(detect, tmp_path, monkeypatch)
     assert not (folder / "result.json").exists()
 
 
+def test_a_damaged_checkpoint_does_not_hide_a_fault(tmp_path):
+    run = train.Run(short(tmp_path), tmp_path / "run", quiet)
+    (tmp_path / "run" / "ckpt.pt").write_bytes(b"damaged")
+    assert re.search("the loss is nan. The layer is unknown: .*truncated or altered.* Try a lower",
+                     str(run.fault("the loss is nan", 1)))
+
+
+def test_detect_does_not_change_whether_the_run_is_compiled(tmp_path):
+    config = short(tmp_path, steps=4, compile="auto")
+    folder = stopped(config, 2)
+    for detect in (False, True):
+        run = train.Run(dataclasses.replace(config, detect=detect), folder, quiet)
+        assert run.compiled is False and run.score is run.plain
+    run.compiled = True                                  # as before it was stopped
+    run.choose_graph()
+    assert run.compiled and run.score is run.plain
+    assert run.go() and not run.result()["machine"]["compiled"]
+    assert train.read_checkpoint(folder / "ckpt.pt", "cpu")["compiled"]
+
+
 def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
     spoil(monkeypatch, 13, math.nan)
     result = train.train(short(tmp_path / "a", nonfinite="skip"), quiet)
@@ -2778,8 +2853,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
 
 def test_too_large_a_step_is_not_saved(tmp_path):
     for change in (dict(), dict(nonfinite="skip"), dict(eval_every=1, schedule="constant")):
-        refused("at step .*, first in the .* of ", train.train, short(tmp_path, lr=1e30, **change),
-                quiet, error=FloatingPointError)
+        refused(r"at step .*\. The first such number is the .* of .*ckpt.pt is from before",
+                train.train, short(tmp_path, lr=1e30, **change), quiet, error=FloatingPointError)
     saved = [train.read_checkpoint(path, "cpu") for path in tmp_path.glob("*/*.pt")]
     assert len(saved) >= 3 and {content["step"] for content in saved} == {0}
     assert all(content["model"]["embed.weight"].abs().max() < 1 for content in saved)
@@ -2841,7 +2916,7 @@ def dice(seed):
     return rng, lambda items: items[rng.integers(len(items))]
 
 
-@pytest.mark.parametrize("kind", [train.TrainConfig, train.SampleConfig])
+@pytest.mark.parametrize("kind", [train.TrainConfig, train.SampleConfig, train.BenchmarkConfig])
 def test_fuzz_of_options(kind, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng, pick = dice(1)

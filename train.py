@@ -18,8 +18,8 @@ epochs (--epochs 200); the default is 4, enough to see what an architecture is g
 A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt.pt, the one before
 it while the run goes on (ckpt.previous.pt), best.pt (the parameters of the best test), result.json.
 A run stopped at any moment goes on by the same command, or by --resume FOLDER, and on a CPU ends
-with the same bytes as one that never stopped. (On a GPU, sums of atomic additions differ in the
-last bits from run to run.)
+with the same parameters and scores, bit for bit, as one that never stopped. (On a GPU, sums of
+atomic additions differ in the last bits from run to run.)
 
 How a model learns is in two chapters, "One step, one test" and "A run"; begin there with `scored`
 and `Run.one_step`. How a score is made of runs is in "The MAD protocol". The others see to it that
@@ -46,7 +46,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -73,7 +72,8 @@ from model import (ARCHS, Model, decayed, find_pattern, ledger, parse_pattern, p
 
 def option(default, text, **more):
     """
-    A field of Options. more: its range (low, below, choices); of: "MAD" or "text", the only tasks
+    A field of Options. more: its range (low <= value, above < value, value < below) or choices;
+    of: "MAD" or "text", the only tasks
     that read it; how=True: it says how to run, not what, so it is no part of a run's identity.
     """
     return dataclasses.field(default=default, metadata=dict(help=text, **more))
@@ -118,11 +118,19 @@ class Common(Options):
     beta2: float = option(0.98, "AdamW's second beta (mad-lab really ran 0.999)", low=0.0,
                           below=1.0)
     clip: float | None = option(None, "scale gradients of a larger norm down to this one (the "
-                                "default: never)", low=0.0)
+                                "default: never)", above=0.0)
     nonfinite: str = choice("stop", "skip", text="at a loss or gradient of inf or nan stop, or "
                             "skip the step (to know, the program then waits for every step)")
     early_stop: float = option(0.999, "stop at this test accuracy; above 1: never", low=0.0,
                                of="MAD")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layers is not None and self.arch != Common.arch:
+            raise ValueError(f"arch is {self.arch!r} and layers {self.layers!r}: one or the other")
+        if self.schedule == "constant" and self.min_lr != Common.min_lr:
+            raise ValueError(f"min_lr is {self.min_lr!r}, but a constant schedule has no end to "
+                             f"fall to: leave it out")
 
     @property
     def label(self):
@@ -162,13 +170,15 @@ class TrainConfig(Common):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.layers is not None:           # what has no effect must not change the identity
-            self.arch = TrainConfig.arch
-        if self.steps is not None and self.task != "text":
-            self.epochs = TrainConfig.epochs
+        if self.steps is not None and self.epochs != TrainConfig.epochs:
+            raise ValueError(f"epochs is {self.epochs} and steps {self.steps}: one or the other")
+        base = tasks.BASELINES.get(self.task)
         for f in dataclasses.fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, self.default(f))
+            value = getattr(self, f.name)
+            if f.name in SETTING_OPTIONS and base and value == getattr(base, f.name):
+                setattr(self, f.name, None)   # the same run, by the same name
             check_use(f, getattr(self, f.name), self.task)
         if self.min_lr > max(self.lr, 1e-6):
             raise ValueError(f"min_lr is {self.min_lr!r}; permitted: at most lr, {self.lr!r}")
@@ -217,6 +227,13 @@ class TrainConfig(Common):
                 and f.name not in ("arch", "layers", "task", "out", "name")]
 
 
+def shape_of(run):
+    """What the shapes of a MAD run's tensors depend on, and so its model and compiled graph."""
+    s = run.setting
+    return (run.pattern, run.dim, s.backbone, s.length, s.vocab_size,
+            min(s.num_train, run.batch_size))
+
+
 def planned_steps(run):
     if run.steps is not None:
         return run.steps
@@ -239,12 +256,15 @@ def check_field(f, value):
     if value is None and f.default is None:
         return
     fits = (isinstance(value, (int, float) if kind is float else kind)
-            and (value is not True or kind is bool))
+            and isinstance(value, bool) == (kind is bool))        # to Python, True is an int
     if not fits or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{f.name} is {value!r}; it takes a {kind.__name__}")
     if low is not None and value < low:
         raise ValueError(f"{f.name} is {value!r}; permitted: at least {low}")
-    below = f.metadata.get("below", 1 << 31 if kind is int else None)
+    above = f.metadata.get("above")
+    if above is not None and value <= above:
+        raise ValueError(f"{f.name} is {value!r}; permitted: above {above}")
+    below = f.metadata.get("below", 1 << 31 if kind is int else None)    # what 32-bit indices hold
     if below is not None and value >= below:
         raise ValueError(f"{f.name} is {value!r}; permitted: below {below}")
     if "choices" in f.metadata and value not in f.metadata["choices"]:
@@ -283,7 +303,7 @@ def parse_args(argv=None, kind=TrainConfig):
         description=kind.__doc__.strip().split("\n")[0], allow_abbrev=False,
         epilog=None if kind is not TrainConfig else "architectures: " + ", ".join(ARCHS)
         + ". Text from a run: train.py --sample out/RUN -h; its layers: --show out/RUN. The MAD "
-        "protocol: train.py --task mad -h. Speed: train.py --benchmark")
+        "protocol: train.py --task mad -h. Speed: train.py --benchmark -h")
     for f in dataclasses.fields(kind):
         shown = f.default is not None and f.default is not False and f.default != ""
         how = (dict(action="store_true") if field_type(f) is bool else
@@ -333,7 +353,7 @@ def choose_device(wanted):
                                    "among cards)")
             torch.empty(1, device=wanted)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {wanted!r} is not to be had here: "
+            raise ValueError(f"device {wanted!r} is not available here: "
                              f"{first_line(error)}; try --device cpu") from None
         return wanted, "asked for"
     if torch.cuda.is_available():
@@ -375,9 +395,10 @@ CARDS = {"A100": (312e12, 80), "H100 PCIe": (756e12, 80), "H100": (989e12, 80),
          "RTX 3090": (71e12, 24)}
 
 
-def peak_flops(device):
-    """Of this card, or None where the table does not have it (every CPU)."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
+def peak_flops(device, dtype):
+    """Of this card in bfloat16; None in float32, and where the table lacks it (every CPU)."""
+    known = device == "cuda" and dtype == torch.bfloat16
+    name = torch.cuda.get_device_name() if known else ""
     return next((flops for part, (flops, _) in CARDS.items() if part in name), None)
 
 
@@ -437,7 +458,7 @@ class Ranks:
         return self.sum(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.MAX).item()
 
     def check_same(self, what, number):
-        if self.largest(number) != -self.largest(-number):
+        if self.largest(number) != -self.largest(-number):               # the least
             raise ValueError(f"the processes of this run differ in {what}: on several machines, "
                              f"--data and --out must be the same, shared files")
 
@@ -447,7 +468,7 @@ class Ranks:
 # =================================================================================================
 
 
-def filled(tokens, targets, rows):
+def pad_rows(tokens, targets, rows):
     """
     A batch filled up with rows that are not scored: tests use the shape of the training batches, so
     that no second graph is compiled for them.
@@ -456,7 +477,7 @@ def filled(tokens, targets, rows):
     return F.pad(tokens, fill), F.pad(targets, fill, value=tasks.IGNORE)
 
 
-def sent(tensor, device):
+def to_device(tensor, device):
     """The tensor on the device. To a GPU it is copied from pinned memory, without waiting."""
     return (tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else
             tensor.to(device))
@@ -488,9 +509,9 @@ class TaskData:
         """(tokens, targets) of a step, (B, T) each: a function of seed and step alone."""
         epoch, i = divmod(step, self.epoch_steps)
         if epoch != self.epoch:
-            # (A prime, so that epochs of neighbouring seeds do not share an order.)
+            # (Larger than any epoch's number: no two seeds share an order.)
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.order = sent(torch.randperm(len(self.train), generator=draw), self.device)
+            self.order = to_device(torch.randperm(len(self.train), generator=draw), self.device)
             self.epoch = epoch
         rows = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         return self.train[rows], self.targets[rows]
@@ -501,10 +522,11 @@ class TaskData:
     def test_batches(self):
         B = self.batch_size
         for i in range(0, len(self.test), B):
-            yield filled(self.test[i:i + B], self.test_targets[i:i + B], B)
+            yield pad_rows(self.test[i:i + B], self.test_targets[i:i + B], B)
 
 
-# Windows of text that a test reads during training, and at its end; a corpus may have fewer.
+# Windows of text that a test reads during training (15 batches of 32, so that tests take a small
+# part of a run's time) and at its end; a corpus may have fewer.
 TEST_WINDOWS, LAST_WINDOWS = 480, 3840
 
 
@@ -548,7 +570,7 @@ class TextData:
         """(tokens, targets) (B, T) on the device."""
         rows = self.tokens[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
         both = torch.from_numpy(np.stack((rows[:, :-1], rows[:, 1:])))        # (2, B, T)
-        return sent(both, self.device).unbind(0)
+        return to_device(both, self.device).unbind(0)
 
     def batch(self, step):
         """This process' rows of a step's batch, which is a function of seed and step alone."""
@@ -574,7 +596,7 @@ class TextData:
         starts = self.test_starts(most)
         first, every = self.rows * self.ranks.rank, self.rows * self.ranks.count
         for i in range(first, len(starts), every):
-            yield filled(*self.windows(starts[i:i + self.rows]), self.rows)
+            yield pad_rows(*self.windows(starts[i:i + self.rows]), self.rows)
 
 
 def sha256_of(tokens):
@@ -764,9 +786,9 @@ def meaning(source):
 @functools.cache          # of the code that this process runs, even if the file is edited meanwhile
 def code_version():
     """
-    A hash of the code that determines a result, that of four files; comments are free to change.
-    (Another version of Python may print the same syntax tree in another way: then it counts as
-    other code.)
+    A hash of the four files that determine a result. Any edit counts as other code, but for those
+    of comments, docstrings and spaces. (So may another version of Python, which may print the same
+    syntax tree in another way.)
     """
     sources = [Path(__file__).with_name(n) for n in ("tasks.py", "layers.py", "model.py",
                                                      "train.py")]
@@ -828,7 +850,10 @@ def check_resumed(config):
 
 
 def identity(config):
-    """All that determines a run's result, for JSON: not where it is written."""
+    """
+    All that determines a run's result, for JSON: not where it is written, nor what "auto" became,
+    which another machine may choose otherwise (result.json has it).
+    """
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                if not f.metadata.get("how") and f.name not in ("out", "name")}
     return {**options, "pattern": config.pattern, "code": code_version(),
@@ -971,8 +996,8 @@ class Watch:
 # A run
 # =================================================================================================
 
-# Steps between log lines; seconds between checkpoints. A kill loses at most these seconds and the
-# time of LOG_EVERY steps and a test.
+# Steps between log lines, at which the program waits for the device; seconds between checkpoints.
+# A kill loses at most these seconds and the time of LOG_EVERY steps and a test.
 LOG_EVERY, SAVE_SECONDS = 10, 30
 
 
@@ -997,7 +1022,10 @@ class Shared:
 
 
 class Run:
-    """A run under way: its model, optimizer and data, and their state on disk in `folder`."""
+    """
+    A run under way: its model, optimizer and data, and their state on disk in `folder` (None: it
+    is not to be saved).
+    """
 
     def __init__(self, config, folder, say=print, shared=None):
         self.config, self.folder, self.ranks = config, folder, Ranks(config.task)
@@ -1007,19 +1035,10 @@ class Run:
         self.metrics, self.best, self.shown, self.ended, self.signal = {}, {}, {}, None, None
         self.asked_to_stop = 0                # the number of a signal that this process has got
         self.skipped, self.watch, self.compiled, self.earlier = 0, None, None, 0.0
-        self.log_path = folder / "log.jsonl"
         self.choose_machine()
         self.build()
-        self.check_disk()
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)     # the options are known to be good
-        if self.ranks.rank == 0 and not (folder / "config.json").exists():
-            write_json(folder / "config.json", {**identity(config),
-                                                "command": command_of(config)})
-        found = self.load()
-        self.ranks.check_same("the checkpoint", self.step)       # (all have read it when this ends)
-        if not found:
-            self.save()                       # shows that it can; a fault is searched from here on
+        if folder is not None:                # the options are known to be good
+            self.open()
         self.choose_graph()
 
     def choose_machine(self):
@@ -1052,10 +1071,8 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = Model(config.pattern, data.vocab_size, config.dim, data.length,
                            setting.backbone if setting else "lm").to(self.device)
-        self.shape = (config.pattern, data.vocab_size, config.dim, data.length, data.batch_size,
-                      self.model.backbone, self.device)
         if self.shared:
-            self.model = self.shared.model_for(self.shape, self.model)
+            self.model = self.shared.model_for(shape_of(config), self.model)
         self.random = torch.get_rng_state()   # training draws no numbers, but a new layer might
         self.optimizer, (yes, no) = make_optimizer(self.model, config)
         self.say(f"decay    {config.weight_decay} on {yes:,} parameters ({config.decay}), "
@@ -1068,20 +1085,22 @@ class Run:
         if self.shared and self.dtype in self.shared.graphs:
             self.score, self.compiled = self.shared.graphs[self.dtype]
             return
+        self.score = plain
+        if self.config.detect:                # what was chosen before holds again without --detect
+            return self.say("compile  off: --detect watches layers, and a graph has none")
 
         def one_step():
             for part in self.data.parts(self.step):
                 plain(*part)[0].backward()
             self.optimizer.zero_grad()
         left = self.shared.steps if self.shared else self.steps - self.step
-        wanted = "off" if self.config.detect else self.config.compile    # graphs run no hooks
+        wanted = self.config.compile
         if wanted == "auto" and self.compiled is not None:
             reason = "as before this run was stopped"
         else:
             measured = seconds(one_step, self.device, 1) if wanted == "auto" and left else 0
             self.compiled, reason = choose_compile(wanted, self.device, left,
                                                    self.ranks.largest(measured))
-        self.score = plain
         if self.compiled:
             mode = "max-autotune" if self.config.compile == "max-autotune" else None
             self.score = torch.compile(plain, dynamic=False, mode=mode)
@@ -1100,6 +1119,20 @@ class Run:
     # -- disk ------------------------------------------------------------------------------------
 
     STATE = "step", "best", "metrics", "train_seconds", "skipped", "ended", "compiled"
+
+    def open(self):
+        """Make the folder, or go on from what is in it."""
+        self.log_path = self.folder / "log.jsonl"
+        self.check_disk()
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.json"
+        if self.ranks.rank == 0 and not path.exists():
+            write_json(path, {**identity(self.config), "command": command_of(self.config)})
+        found = self.load()
+        self.ranks.check_same("the checkpoint", self.step)       # (all have read it when this ends)
+        if not found:
+            self.save()                       # shows that it can; a fault is searched from here on
 
     def check_disk(self):
         """OSError if there is no room for two checkpoints, the next one and best.pt."""
@@ -1222,6 +1255,7 @@ class Run:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
+        # (With "stop", what check_steps sees too late is not saved.)
         if self.config.nonfinite == "stop" or math.isfinite(loss + norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -1242,8 +1276,8 @@ class Run:
             seen.append(torch.stack(numbers))
             tokens += count
             bar.update()
-            if self.watch and self.watch.found:
-                raise self.fault(f"--detect has found {self.watch.found}", self.step)
+            if self.watch and (found := self.found()):
+                raise self.fault(f"--detect has found {found}", self.step)
         loss, norm = self.check_steps(torch.stack(seen).tolist())
         self.signal = int(self.ranks.largest(self.asked_to_stop)) or None
         took = time.perf_counter() - start
@@ -1328,32 +1362,39 @@ class Run:
 
     def fault(self, what, step):
         """A FloatingPointError that says what is wrong, at which step, rate and layer."""
-        rate = learning_rate(self.config, step - 1, self.steps)
-        if not self.watch:
-            what += f", first in {self.find_fault(step)}"
+        rate, path = learning_rate(self.config, step - 1, self.steps), self.folder / "ckpt.pt"
+        where = "" if self.watch or not path.exists() else f" {self.find_fault(step)}."
+        kept = f" {path} is from before that." if path.exists() else ""
         return FloatingPointError(
-            f"at step {step}, learning rate {rate:.1e}, {what}. {self.folder}/ckpt.pt is from "
-            f"before that; try a lower --lr, --clip 1, --dtype float32 or --nonfinite skip")
+            f"at step {step}, learning rate {rate:.1e}, {what}.{where}{kept} "
+            f"Try a lower --lr, --clip 1, --dtype float32 or --nonfinite skip")
+
+    def found(self):
+        """What the watches of this run's processes have found; None if nothing."""
+        if self.ranks.largest(self.watch.found is not None):
+            return self.watch.found or "it in another process"
+        return None
 
     def find_fault(self, step):
-        """Repeats the steps since the checkpoint and the next one, watching every layer."""
-        paths = [self.folder / name for name in ("ckpt.pt", "ckpt.previous.pt")]
-        there = [path for path in paths if path.exists()]
-        if not there:
-            return "the initial parameters"
-        self.restore(there[0])
+        """Repeats the steps since the checkpoint, and one more, watching every layer."""
+        try:
+            self.restore(self.folder / "ckpt.pt")
+        except ValueError as error:           # it must not take the fault's place
+            return f"The layer is unknown: {error}"
         self.say(f"fault    looking for its layer in steps {self.step + 1:,} to {step:,}")
         torch.set_rng_state(self.random)
-        self.score, self.watch = self.plain, Watch(self.model)           # a graph has no layers
-        while self.step <= step and not self.watch.found:
+        self.score, self.watch, found = self.plain, Watch(self.model), None    # graphs: no layers
+        while self.step <= step and not found:
             self.one_step()
+            found = self.found()
         self.watch.remove()                   # other runs of a grid use this model
-        return self.watch.found or "no layer when these steps were repeated"
+        return (f"The first such number is {found}" if found else
+                "When these steps were repeated, none appeared in any layer")
 
     def result(self):
         """The contents of result.json."""
         tokens, flops = self.step * self.data.batch_size * self.data.length, self.step_flops()
-        speed, peak = self.step * flops / self.train_seconds, peak_flops(self.device)
+        speed, peak = self.step * flops / self.train_seconds, peak_flops(self.device, self.dtype)
         loss = "val_loss" if self.config.task == "text" else "test_loss"
         with open(self.log_path) as log:
             tests = [line for line in map(json.loads, log) if loss in line]
@@ -1365,7 +1406,8 @@ class Run:
             mfu=peak and round(speed / peak / self.ranks.count, 4),
             parameters=sum(p.numel() for p in self.model.parameters()),
             config=identity(self.config), git=git_hash(),
-            machine=dict(device=self.device, dtype=str(self.dtype)[6:], compiled=self.compiled,
+            machine=dict(device=self.device, dtype=str(self.dtype)[6:],
+                         compiled=bool(self.compiled) and not self.config.detect,
                          threads=torch.get_num_threads(), platform=platform.platform(),
                          processes=self.ranks.count),
             versions=dict(python=platform.python_version(), torch=torch.__version__,
@@ -1432,7 +1474,8 @@ def summary(config, r):
                  f"{r['macro_accuracy']:.4f} averaged over classes",
                  f"training         {r['steps']:,} of {r['planned_steps']:,} steps ({r['ended']})"]
         ideas = "another architecture, what the layers learned to mix, the paper's protocol"
-        commands = [other, of_folder("--show", r["folder"]), like_this(epochs=200, steps=None)]
+        paper = like_this(epochs=200, steps=None, warmup=0)
+        commands = [other, of_folder("--show", r["folder"]), paper]
     return "\n".join([*lines, f"time             {speed_of(r)}",
                       f"saved in         {r['folder']}/ (config, log, checkpoint, result)", "",
                       f"next: {ideas}", *("  " + c for c in commands)])
@@ -1487,7 +1530,7 @@ class MadConfig(Common):
     """
     task: str = choice("mad", text="the MAD protocol")
     preset: str = option("quick", f"one of {', '.join(PRESETS)}: full is the paper's, 396 runs; "
-                         "quick has one run a task")
+                         "quick has one run a task", choices=PRESETS)
     tasks: str | None = option(None, "only these tasks, with commas between")
     settings: str = choice("all", "baseline", text="each task's settings: all of the preset or the "
                            "first one")
@@ -1499,8 +1542,6 @@ class MadConfig(Common):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.preset not in PRESETS:
-            raise tasks.unknown("preset", self.preset, PRESETS)
         there = list(dict.fromkeys(s.task for s, _ in PRESETS[self.preset].settings))
         for task in self.task_list:
             if task not in there:
@@ -1513,7 +1554,7 @@ class MadConfig(Common):
         return list(every) if self.tasks is None else self.tasks.split(",")
 
     @property
-    def changed(self):
+    def score_options(self):
         """{option: value} of what differs from its default and changes scores beyond rounding."""
         names = {*PASSED_ON, "select", "no_skip"} - {"arch", "layers", "seed", "out", "device",
                                                      "compile"}
@@ -1526,10 +1567,9 @@ PASSED_ON = tuple(f.name for f in dataclasses.fields(Common) if f.name != "task"
 
 def runs_of(config, setting, steps):
     """A setting's runs as TrainConfigs, the largest learning rate first: it learns soonest."""
-    preset, base = PRESETS[config.preset], tasks.BASELINES[setting.task]
+    preset = PRESETS[config.preset]
     options = {name: getattr(config, name) for name in PASSED_ON}
-    options |= {k: getattr(setting, k) for k in SETTING_OPTIONS
-                if getattr(setting, k) != getattr(base, k)}
+    options |= {k: getattr(setting, k) for k in SETTING_OPTIONS}
     options |= dict(task=setting.task, batch_size=preset.batch_size, eval_every=preset.eval_every,
                     out=str(Path(config.out) / "mad" / safe_name(config.label)))
     options |= dict(steps=steps) if steps else dict(epochs=preset.epochs)
@@ -1546,10 +1586,9 @@ def grid_of(config):
     if config.settings == "baseline":
         firsts = {s.task: s for s in reversed(chosen)}
         chosen = {s: steps for s, steps in chosen.items() if firsts[s.task] == s}
-    shape = lambda s: (s.backbone, s.length, s.vocab_size, min(s.num_train, preset.batch_size))
-    seen = list(map(shape, chosen))
-    order = sorted(chosen, key=lambda s: seen.index(shape(s)))
-    return {s: runs_of(config, s, chosen[s]) for s in order}
+    grid = {s: runs_of(config, s, steps) for s, steps in chosen.items()}
+    seen = [shape_of(runs[0]) for runs in grid.values()]
+    return dict(sorted(grid.items(), key=lambda item: seen.index(shape_of(item[1][0]))))
 
 
 def folder_of(run):
@@ -1566,7 +1605,6 @@ class Grid:
     def __init__(self, config):
         self.config, self.runs, self.started = config, grid_of(config), time.time()
         self.results = {}
-        self.setting = {run.name: s for s, runs in self.runs.items() for run in runs}
         self.shared = Shared()
         self.look()
         self.reused = len(self.results)
@@ -1582,25 +1620,23 @@ class Grid:
                     self.results[run.name] = read_object(folder_of(run) / "result.json")
 
     def solved(self, setting):
-        """Whether one of its runs has ended by early_stop: others could add at most 0.001."""
+        """Whether a run of it ended by early_stop: others could add 1 - early_stop at most."""
         return not self.config.no_skip and any(
             self.results[run.name]["test_accuracy"] >= self.config.early_stop
             for run in self.runs[setting] if run.name in self.results)
 
-    def failed(self, run):
-        """Whether it failed since this command started; what failed earlier is tried again."""
-        try:
-            return (folder_of(run) / "error.txt").stat().st_mtime >= self.started
-        except FileNotFoundError:
-            return False
+    def fate(self, run):
+        """ended, skipped, open, or failed: since this command started, or it is tried again."""
+        if run.name in self.results:
+            return "ended"
+        with contextlib.suppress(FileNotFoundError):
+            if (folder_of(run) / "error.txt").stat().st_mtime >= self.started:
+                return "failed"
+        return "skipped" if self.solved(run.setting) else "open"
 
-    def is_open(self, run):
-        return not (run.name in self.results or self.solved(self.setting[run.name])
-                    or self.failed(run))
-
-    def open_runs(self):
+    def of_fate(self, fate):
         self.look()
-        return [run for run in self.all_runs() if self.is_open(run)]
+        return [run for run in self.all_runs() if self.fate(run) == fate]
 
     def attempt(self, run):
         """One run to its end, or to an error. Returns False if another process works on it."""
@@ -1624,39 +1660,39 @@ class Grid:
         settings = list(self.runs)
         first = len(settings) * worker // workers
         order = [run for s in settings[first:] + settings[:first] for run in self.runs[s]]
-        while self.open_runs():
+        while self.of_fate("open"):
             idle = True
             for run in order:
                 self.look()
-                if self.is_open(run):
+                if self.fate(run) == "open":
                     self.shared.steps = self.steps_like(run) // workers
                     idle = not self.attempt(run) and idle
                     show()
-            if idle and (left := self.open_runs()):
+            if idle and (left := self.of_fate("open")):
                 show(f"waiting for {len(left)} that others work on: {folder_of(left[0])}/lock")
                 time.sleep(1)
         show()
 
     def steps_like(self, run):
         """Steps of all open runs of a run's shape."""
-        shape = lambda r: (r.setting.backbone, r.setting.length, r.setting.vocab_size)
-        return sum(planned_steps(r) for r in self.all_runs()
-                   if shape(r) == shape(run) and self.is_open(r))
+        return sum(planned_steps(r) for r in self.of_fate("open") if shape_of(r) == shape_of(run))
 
     # -- scores ----------------------------------------------------------------------------------
 
     def run_record(self, run):
         """What became of a run, as JSON."""
         record = dict(lr=run.lr, weight_decay=run.weight_decay, folder=run.name)
-        result, error = self.results.get(run.name), folder_of(run) / "error.txt"
-        if result is not None:
+        fate = self.fate(run)
+        if fate == "ended":
+            result = self.results[run.name]
             scores = result if self.config.select == "last" else result["least_loss"]
             return record | dict(token=scores["test_accuracy"], macro=scores["macro_accuracy"],
                                  steps=result["steps"], ended=result["ended"],
                                  wall_s=result["wall_s"])
-        if self.failed(run):
-            return record | dict(failed=error.read_text().strip().splitlines()[-1])
-        return record | (dict(skipped=True) if self.solved(self.setting[run.name]) else {})
+        if fate == "failed":
+            error = (folder_of(run) / "error.txt").read_text()
+            return record | dict(failed=error.strip().splitlines()[-1])
+        return record | (dict(skipped=True) if fate == "skipped" else {})
 
     def setting_record(self, setting, runs):
         """A setting's score: the best of its runs in each kind of accuracy, or None."""
@@ -1681,15 +1717,21 @@ class Grid:
 
     def counts(self):
         """What became of the runs, and how many results in their folder are of no run of it."""
-        records = [r for s, runs in self.runs.items() for r in map(self.run_record, runs)]
-        count = lambda key: sum(key in r for r in records)
-        strangers = [p for p in Path(self.all_runs()[0].out).glob("*/result.json")
-                     if p.parent.name not in self.setting]
-        other_code = sum(json.loads(p.read_text())["config"]["code"] != code_version()
-                         for p in strangers)
-        return dict(runs=len(records), reused=self.reused, trained=len(self.results) - self.reused,
-                    skipped=count("skipped"), failed=count("failed"), open=len(self.open_runs()),
+        count, runs = lambda fate: len(self.of_fate(fate)), self.all_runs()
+        own = {run.name for run in runs}
+        strangers = [p for p in Path(runs[0].out).glob("*/result.json") if p.parent.name not in own]
+        other_code = sum(code_of(p) != code_version() for p in strangers)
+        return dict(runs=len(runs), reused=self.reused, trained=count("ended") - self.reused,
+                    skipped=count("skipped"), failed=count("failed"), open=count("open"),
                     of_other_code=other_code, of_other_options=len(strangers) - other_code)
+
+
+def code_of(path):
+    """The code that made a result.json; None where it doesn't tell."""
+    try:
+        return read_object(path)["config"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def mean_of(values):
@@ -1710,7 +1752,8 @@ def record_of(grid, size):
     config, preset, results = grid.config, PRESETS[grid.config.preset], list(grid.results.values())
     numbers = {k: v for k, v in dataclasses.asdict(preset).items() if k != "settings"}
     numbers["steps"] = [steps for _, steps in preset.settings]
-    return dict(arch=config.label, preset=config.preset, seed=config.seed, options=config.changed,
+    return dict(arch=config.label, preset=config.preset, seed=config.seed, 
+                options=config.score_options,
                 **size, **grid.score(), numbers=numbers, counts=grid.counts(),
                 wall_s=round(sum(r["wall_s"] for r in results), 1), code=code_version(),
                 git=git_hash(), machine=results[0]["machine"] if results else None,
@@ -1718,7 +1761,7 @@ def record_of(grid, size):
 
 
 def record_path(config):
-    options = [f"{k.replace('_', '-')}={v}" for k, v in config.changed.items()]
+    options = [f"{k.replace('_', '-')}={v}" for k, v in config.score_options.items()]
     name = safe_name("_".join([config.label, f"seed{config.seed}", *options]))
     return Path(config.results) / config.preset / f"{name}.json"
 
@@ -1787,7 +1830,7 @@ def work_in_processes(grid, count, show):
 def work_on(grid, rank, ranks):
     """All runs: in this process, in workers, or shared by torchrun's. A line if workers died."""
     config, runs = grid.config, grid.all_runs()
-    done = lambda: len(runs) - len(grid.open_runs())
+    done = lambda: len(runs) - len(grid.of_fate("open"))
     with tqdm(total=len(runs), initial=done(), unit="run", dynamic_ncols=True, smoothing=0,
               desc=f"{config.label}, {config.preset}", disable=rank > 0) as bar, \
             on_signals(interrupt):
@@ -1813,7 +1856,8 @@ def mad_score(arch, preset="quick", config=None, say=print):
     config: a MadConfig with the other choices. Returns what is recorded in `results` (record_of),
     and "file", where, or None and "why_not". Raises Interrupted at a signal, with everything saved.
     """
-    which = dict(arch=arch, layers=None) if arch in ARCHS else dict(layers=arch)
+    which = dict(arch=arch, layers=None) if arch in ARCHS else \
+        dict(arch=MadConfig.arch, layers=arch)
     config = dataclasses.replace(config or MadConfig(), preset=preset, **which)
     rank, ranks = torchrun_place()
     if ranks > 1 and config.workers > 1:
@@ -1853,7 +1897,7 @@ def mad_summary(grid, record, ended):
     if c["of_other_code"] or c["of_other_options"]:
         lines += [f"unused   {c['of_other_code']} results of other code and "
                   f"{c['of_other_options']} of other options in {grid.all_runs()[0].out}"]
-    failed = [str(folder_of(run)) for run in grid.all_runs() if grid.failed(run)]
+    failed = [str(folder_of(run)) for run in grid.of_fate("failed")]
     if failed:
         lines += ["failed   error.txt says why in " + ", ".join(failed)]
     lines += [f"workers  {ended}"] if ended else []
@@ -1866,9 +1910,21 @@ def mad_summary(grid, record, ended):
 # =================================================================================================
 
 
+@dataclass
+class BenchmarkConfig(Options):
+    """Time whole optimizer steps and generation on this machine, without saving anything."""
+    benchmark: bool = option(False, "this command")
+    device: str = option("auto", "cuda, mps, cpu or auto: the first of these that is there")
+    dtype: str = choice("auto", "float32", "bfloat16", text="precision of matrix products; auto "
+                        "measures which is faster")
+    compile: str = choice("auto", "on", "max-autotune", "off", text="torch.compile; auto: as in a "
+                          "run of 1,000 steps")
+
+
 def benchmark_runs(config, device):
     """(title, TrainConfig): MAD's baseline everywhere, and on a GPU language models, too."""
-    change = lambda **k: dataclasses.replace(config, steps=1000, **{"layers": None, **k})
+    change = functools.partial(TrainConfig, device=config.device, dtype=config.dtype,
+                               compile=config.compile, steps=1000)
     for arch in ("transformer", "hybrid", "mamba"):
         yield arch, change(arch=arch)
     shapes = [(512, 6, 8), (768, 12, 12), (1024, 24, 16)] if device == "cuda" else []
@@ -1887,26 +1943,25 @@ def benchmark(config, steps=20):
     if device == "cpu":
         tune_allocator()
     a, b = torch.randn(2, 1024, 1024, device=device)
-    unit, peak = lambda: seconds(lambda: a @ b, device, 20), peak_flops(device)
+    unit = lambda: seconds(lambda: a @ b, device, 20)
     print(f"{device}: {reason}; torch {torch.__version__}\n"
           f"unit: a 1024^3 float32 product, {1e3 * unit():.2f} ms\n\n"
           f"{'model':<28}{'parameters':>12}{'tokens/step':>12}{'ms/step':>9}{'units':>7}"
           f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}  compiled")
     for title, run_config in benchmark_runs(config, device):
-        with tempfile.TemporaryDirectory() as folder:
-            run = Run(run_config, Path(folder), say=None)
+        run = Run(run_config, None, say=None)
 
-            def some():
-                for _ in range(steps):
-                    run.one_step()
-            took, now = seconds(some, device, 2) / steps, unit()
-            memory = peak_memory(some, device) or math.nan
-            tokens, flops = run.data.batch_size * run.data.length, run.step_flops()
-            mfu = f"{flops / took / peak:.3f}" if peak else "n/a"
-            print(f"{title:<28}{sum(p.numel() for p in run.model.parameters()):>12,}{tokens:>12,}"
-                  f"{1e3 * took:>9.1f}{took / now:>7.1f}{tokens / took:>10,.0f}"
-                  f"{flops / took / 1e9:>9,.0f}{mfu:>7}{memory:>9,.0f}  "
-                  f"{'yes' if run.compiled else 'no'}", flush=True)
+        def some(run=run):
+            for _ in range(steps):
+                run.one_step()
+        took, now = seconds(some, device, 2) / steps, unit()
+        memory, peak = peak_memory(some, device) or math.nan, peak_flops(device, run.dtype)
+        tokens, flops = run.data.batch_size * run.data.length, run.step_flops()
+        mfu = f"{flops / took / peak:.3f}" if peak else "n/a"
+        print(f"{title:<28}{sum(p.numel() for p in run.model.parameters()):>12,}{tokens:>12,}"
+              f"{1e3 * took:>9.1f}{took / now:>7.1f}{tokens / took:>10,.0f}"
+              f"{flops / took / 1e9:>9,.0f}{mfu:>7}{memory:>9,.0f}  "
+              f"{'yes' if run.compiled else 'no'}", flush=True)
 
 
 @torch.no_grad()
@@ -2082,8 +2137,8 @@ def run_and_report(argv):
     if "--show" in asked:
         show(parse_args(argv, ShowConfig))
         return 0
-    if "--benchmark" in argv:
-        config = parse_args([a for a in argv if a != "--benchmark"])
+    if "--benchmark" in asked:
+        config = parse_args(argv, BenchmarkConfig)
         benchmark(config)
         benchmark_generation(choose_device(config.device)[0])
         return 0
