@@ -1355,6 +1355,8 @@ def run_plot(args):
 
 
 def run_sweep(args):
+    if train.torchrun_place()[1] > 1:
+        raise ValueError("a sweep is one process: start it with python, not with torchrun")
     vocab_size = tasks.vocab_size(args.tokenizer)
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
                                   args.tokens_per_parameter, args.seed)

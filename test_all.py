@@ -1624,6 +1624,12 @@ def test_two_sweeps_do_not_share_a_csv(trained, tmp_path, says):
     assert not trained.configs
 
 
+def test_a_sweep_under_torchrun_is_refused(trained, tmp_path, says, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = says(*SWEEP, "--out", tmp_path, status=2).err
+    assert "not with torchrun" in error and error.count("\n") == 1 and not trained.configs
+
+
 def test_scaling_as_a_program_and_its_help(runs_csv, says):
     done = ended(started(HERE / "scaling.py", "compare", "--mad", runs_csv, "--runs", runs_csv))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no column mean" in done.stderr
