@@ -1061,15 +1061,27 @@ def plot_runs(ax, archs, column, unit):
     ax.legend(fontsize=7)
 
 
+# Where a label may stand beside its point: the offset in points, and how it is aligned there.
+PLACES = ((6, -3), "left"), ((-6, -3), "right"), ((0, 6), "center"), ((0, -12), "center")
+
+
 def plot_mad(ax, scores, row):
-    for i, (arch, loss) in enumerate(sorted(row["loss"].items(), key=lambda item: item[1])):
-        ax.plot(scores[arch], loss, "o", color="black")
-        side, where = ((5, "left"), (-5, "right"))[i % 2]            # so that fewer labels overlap
-        ax.annotate(arch, (scores[arch], loss), (side, -3), textcoords="offset points", fontsize=7,
-                    ha=where)
-    ax.margins(0.2)
+    """Each label takes the first place where it covers no point and no earlier label."""
+    from matplotlib.transforms import Bbox
+    points = [(scores[arch], loss) for arch, loss in row["loss"].items()]
+    ax.plot(*zip(*points), "o", color="black")
+    ax.margins(0.45, 0.15)
     ax.set(title=f"optima at {row['C']:.1e} FLOPs: rho {row['rho']:.2f}, p {row['p']:.2g}, "
            f"n {row['n']}", xlabel="MAD score")
+    ax.figure.draw_without_rendering()                               # now points have their pixels
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(points)]
+    for arch, point in zip(row["loss"], points):
+        label = ax.annotate(arch, point, (0, 0), textcoords="offset points", fontsize=8)
+        for place, aligned in PLACES:
+            label.set(position=place, ha=aligned)
+            if not label.get_window_extent().count_overlaps(taken):
+                break
+        taken.append(label.get_window_extent())
 
 
 def plot(archs, out, scores=None):
@@ -1093,11 +1105,11 @@ def draw(panels, out):
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows),
                                    layout="constrained", squeeze=False)
-    for ax, (draw, *args) in zip(axes.flat, panels):
-        draw(ax, *args)
-        ax.set_ylabel("loss, nats a token")
     for ax in axes.flat[len(panels):]:
         ax.axis("off")
+    for ax, (draw, *args) in zip(axes.flat, panels):
+        ax.set_ylabel("loss, nats a token")
+        draw(ax, *args)
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
 
