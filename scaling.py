@@ -114,9 +114,13 @@ def distinct(values):
     return len(np.unique(np.round(100 * np.log(values))))
 
 
+def dropped_flags(runs):
+    return [f"{k} rows dropped: {name} is missing, infinite or not positive"
+            for name, k in runs.dropped.items()]
+
+
 def data_flags(runs):
-    flags = [f"{k} rows dropped: {name} is missing, infinite or not positive"
-             for name, k in runs.dropped.items()]
+    flags = dropped_flags(runs)
     twins = len(runs.N) - np.unique([runs.N, runs.D, runs.loss], axis=1).shape[1]
     if twins:
         flags.append(f"{twins} rows repeat another exactly: they count twice, intervals too narrow")
@@ -813,6 +817,8 @@ def analyse(runs, target=None, bootstrap=1000, seed=0, above=None):
     """Everything about one set of runs: name -> fit, table or refusal."""
     options = dict(target=target, bootstrap=bootstrap, seed=seed)
     out = dict(runs=len(runs.N), dropped=runs.dropped)
+    if runs.dropped:                                                 # the fits see clean runs only
+        out["flags"] = dropped_flags(runs)
     out["isoflop"] = iso = attempt(fit_isoflop, *runs.columns, runs.state, **options)
     for name in ("parametric", "variable_projection"):
         out[name] = law = attempt(METHODS[name], *runs.columns, **options)
@@ -1338,7 +1344,8 @@ def run_fit(args):
     if all(isinstance(fit, dict) for fit in every):
         raise FitError("; ".join(f"{m}: {whole[m]['refused']}" for m in METHODS))
     if len(archs) > 1:
-        whole["flags"] = [f"{len(archs)} architectures pooled as if they were one: see archs"]
+        whole.setdefault("flags", []).append(
+            f"{len(archs)} architectures pooled as if they were one: see archs")
     if args.draws:
         np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in results.items() for m in METHODS
                                 if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
