@@ -197,7 +197,7 @@ class PowerLaw:
 
 def fit_power_law(x, y, bootstrap=1000, seed=0):
     """
-    y = k x^c: least squares in logs.
+    The PowerLaw y = k x^c through points, by least squares in logs.
 
     x, y: (n,), positive; other points are dropped and flagged. Raises FitError for fewer than two
     different x.
@@ -459,7 +459,7 @@ def huber(r):
 
 class Huber:
     """
-    sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
+    The objective sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
 
     The sum, not the mean, as in published fits. Hoffmann et al. 2022, equation 3.
     """
@@ -482,8 +482,11 @@ class Huber:
         return theta
 
     def search(self, w):
-        """Every start, in two stages: reweighted least squares, sure to descend from anywhere (the
-        true curvature of an almost absolute loss says little far away), then Newton, exact."""
+        """
+        Where every start ends: theta (4500, 5) and value (4500,). Two stages: reweighted least
+        squares descends from anywhere (far away, the true curvature of an almost absolute loss says
+        little); then Newton's method is exact.
+        """
         theta, _ = minimise(lambda t, w: self(t, w, newton=False), self.starts(), w, tol=1e-6)
         return minimise(self, theta, w)
 
@@ -515,7 +518,8 @@ class Huber:
 
 class Projection(Huber):
     """
-    min over E, A, B >= 0 of sum_i w_i r_i^2 / 2,   r = E + A exp(-alpha x) + B exp(-beta y) - L
+    The objective min over E, A, B >= 0 of sum_i w_i r_i^2 / 2,
+    r = E + A exp(-alpha x) + B exp(-beta y) - L
 
     theta = (log alpha, log beta), which keeps the exponents positive.
     """
@@ -578,8 +582,8 @@ def cost_rule(runs):
 @np.errstate(all="ignore")
 def optimum(law, C, rule=(6.0, 1.0)):
     """
-    N*, D*, L* (S,) of laws (S, 5), the least loss on C = k N^p D, where alpha A / N^alpha =
-    p beta B / D^beta. NaN without positive A, B, alpha and beta: then there is no optimum.
+    N*, D*, L* (S,) of laws (S, 5): where the loss is least on C = k N^p D, which is where
+    alpha A / N^alpha = p beta B / D^beta. NaN unless A, B, alpha and beta are positive.
     """
     (E, A, B, alpha, beta), (k, p) = np.where((law[:, 1:] > 0).all(1), law.T, np.nan), rule
     logN = (np.log(alpha * A / (p * beta * B)) + beta * np.log(C / k)) / (alpha + p * beta)
@@ -1072,7 +1076,7 @@ PLACES = ((6, -3), "left"), ((-6, -3), "right"), ((0, 6), "center"), ((0, -12), 
 
 
 def plot_mad(ax, scores, row):
-    """Each label takes the first place where it covers no point and no earlier label."""
+    """A scatter, each label at the first place where it covers no point and no earlier label."""
     from matplotlib.transforms import Bbox
     points = [(scores[arch], loss) for arch, loss in row["loss"].items()]
     ax.plot(*zip(*points), "o", color="black")
@@ -1161,8 +1165,9 @@ def family(arch):
 
 def at_width(pattern, width):
     """
-    MAD's settings are for width 128. Here experts' widths and Mamba's rank grow with the width, and
-    heads keep theirs, 8 or 16; attention's have 16 or a few more, 64 from width 512, 128 from 2048.
+    The pattern with MAD's settings, which are for width 128, at another width: experts' widths and
+    Mamba's rank grow with it, and heads keep theirs, 8 or 16; attention's have 16 or a few more, 64
+    from width 512, 128 from 2048.
     """
     def sized(name):
         cls, settings = LAYERS[name]
@@ -1176,8 +1181,8 @@ def at_width(pattern, width):
 
 def choose_shapes(low, high, count, period, limits):
     """
-    `count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`. Where few
-    lie there, some of beyond are taken, and that is said; but none beyond the limits.
+    `count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`. Where too
+    few lie there, some beyond are taken, which is said, but none beyond the limits.
     """
     size = lambda shape: 12 * shape[1] * shape[0] ** 2
     shapes = {(width, -(-blocks // period) * period) for width, blocks in SHAPES}
