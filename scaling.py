@@ -24,16 +24,14 @@ Three ways to the optimum, since each fails in its own manner:
 Intervals are 95% bootstrap percentiles over resampled runs. What the runs cannot tell is refused
 (FitError) or flagged: read the flags before the numbers.
 
-  python scaling.py sweep --archs transformer,hybrid --budgets 1e12,3e12,1e13,3e13
-                                                           trains such runs into out/sweep/runs.csv
-  python scaling.py sweep --archs mh-hyena@0,mh-hyena@25,transformer --budgets 1e13
-                                                           ratios of attention, at the same shapes
+  python scaling.py sweep --budgets 1e12,3e12,1e13,3e13    trains such runs into out/sweep/runs.csv
+  python scaling.py sweep --archs mh-hyena@0,mh-hyena@25   ratios of attention, at the same shapes
   python scaling.py plan --budgets 4e18,8e19 --card H100   what the paper's budgets would take
   python scaling.py fit runs.csv                           a report: 3 s for 20 runs, 13 s for 240
   python scaling.py fit runs.csv --json --target 1e21      the same as one JSON object
   python scaling.py table --mad results/mad/quick          MAD scores beside the published ones
-  python scaling.py compare --mad results/mad/quick --runs runs.csv
-  python scaling.py plot runs.csv --out scaling.png
+  python scaling.py compare --mad results/mad/quick --runs runs.csv     how the two orders agree
+  python scaling.py plot runs.csv --out scaling.png        parabolas, frontier, losses
 """
 import argparse
 import csv
@@ -206,7 +204,7 @@ def fit_power_law(x, y, bootstrap=1000, seed=0):
     if x.shape != y.shape or x.ndim != 1:
         raise FitError(f"x {x.shape} and y {y.shape} must be columns of one length")
     keep = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
-    if not keep.any() or distinct(x[keep]) < 2:
+    if distinct(x[keep]) < 2:
         raise FitError("a power law needs two different x with positive y")
     lx, ly, n = np.log(x[keep])[None], np.log(y[keep])[None], int(keep.sum())
     i, s = fit_lines(lx, ly, np.vstack([np.ones(n), resample(n, bootstrap, seed)]))
@@ -275,13 +273,13 @@ def summarise(rows, C, largest, flags, residuals):
     rows["tokens_per_parameter"] = rows["D"] / rows["N"]
     failed = ~np.isfinite(rows["N"][1:])
     draws = {k: np.where(failed, np.nan, v[1:]) for k, v in rows.items()}
-    first = {k: float(v[0]) for k, v in rows.items()}
-    goal = {k: first.pop(k) for k in ("N", "D", "loss", "tokens_per_parameter")}
+    out = {k: float(v[0]) for k, v in rows.items()}
+    goal = {k: out.pop(k) for k in ("N", "D", "loss", "tokens_per_parameter")}
     if failed.sum() > 0.05 * len(failed):
         flags.append(f"{failed.sum()} of {len(failed)} resamples failed: intervals are too narrow")
-    return first, dict(target=dict(C=float(C), decades=float(np.log10(C / largest)), **goal),
-                       intervals={k: interval(v) for k, v in draws.items()},
-                       failed=int(failed.sum()), flags=flags, residuals=residuals, draws=draws)
+    return out | dict(target=dict(C=float(C), decades=float(np.log10(C / largest)), **goal),
+                      intervals={k: interval(v) for k, v in draws.items()},
+                      failed=int(failed.sum()), flags=flags, residuals=residuals, draws=draws)
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -380,14 +378,14 @@ def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, see
     C = target or budgets[-1]
     ok = np.isfinite(optima["loss"]).astype(float)                   # (1 + bootstrap, budgets)
     logC = np.broadcast_to(np.log(budgets), ok.shape)
-    logs = dict(N=fit_lines(logC, optima["logN"], ok), D=fit_lines(logC, optima["logD"], ok),
-                loss=fit_lines(logC, np.log(optima["loss"]), ok))
+    logs = dict(N=optima["logN"], D=optima["logD"], loss=np.log(optima["loss"]))
+    logs = {k: fit_lines(logC, v, ok) for k, v in logs.items()}
     rows = dict(a=logs["N"][1], b=logs["D"][1], loss_exponent=-logs["loss"][1])
     rows |= {k: np.exp(i + s * np.log(C)) for k, (i, s) in logs.items()}
-    first, common = summarise(rows, C, max(used), flags, residuals)
-    if abs(first["a"] + first["b"] - 1) > 0.01:
-        flags.append(f"a + b is {first['a'] + first['b']:.3f}, not 1")
-    return IsoflopFit(**first, **common, parabolas=table, optima=optima,
+    common = summarise(rows, C, max(used), flags, residuals)
+    if abs(common["a"] + common["b"] - 1) > 0.01:
+        flags.append(f"a + b is {common['a'] + common['b']:.3f}, not 1")
+    return IsoflopFit(**common, parabolas=table, optima=optima,
                       logs={k: (i[0], s[0]) for k, (i, s) in logs.items()})
 
 
@@ -405,26 +403,26 @@ def isoflop_flags(table, used, C, label):
 # Many small minimisations at once
 
 
-def minimise(objective, theta, w, rounds=100, tol=1e-10):
+def minimise(objective, theta, w, tol=1e-10):
     """
     Levenberg-Marquardt on S problems together, each with its own damping.
 
     objective(theta (S, P), w (S or 1, n)) -> value (S,), gradient (S, P), curvature (S, P, P). A
-    problem leaves after two steps that gain less than tol of its value, or when no step gains.
-    Returns theta (S, P), value (S,).
+    problem leaves after two steps that gain less than tol of its value, when no step gains, or
+    after 100. Returns theta (S, P), value (S,).
     """
     w = np.broadcast_to(w, (len(theta), w.shape[1]))
     block = max(1, 30_000 // w.shape[1])                             # larger ones leave the cache
-    parts = [_minimise(objective, theta[i:i + block], w[i:i + block], rounds, tol)
+    parts = [_minimise(objective, theta[i:i + block], w[i:i + block], tol)
              for i in range(0, len(theta), block)]
     return tuple(np.concatenate(p) for p in zip(*parts))
 
 
-def _minimise(objective, theta, w, rounds, tol):
+def _minimise(objective, theta, w, tol):
     theta, live, diagonal = theta.copy(), np.arange(len(theta)), np.arange(theta.shape[1])
     v, g, H = objective(theta, w)
     value, damping, idle = v.copy(), np.full(len(v), 1e-2), np.zeros(len(v), int)
-    for _ in range(rounds):
+    for _ in range(100):
         size, damped = np.abs(H[:, diagonal, diagonal]), H.copy()
         floor = 1e-9 * size.max(1, keepdims=True) + 1e-30
         damped[:, diagonal, diagonal] += damping[:, None] * np.maximum(size, floor)
@@ -572,12 +570,6 @@ class Projection(Huber):
         return np.stack([c[:, 2], *(c[:, :2] * np.exp(rate * self.middle)).T, *rate.T], 1)
 
 
-def cost_rule(runs):
-    """(k, p) of C = k N^p D, by least squares in logs; (6, 1) where C is 6ND."""
-    i, s = fit_lines(np.log(runs.N)[None], np.log(runs.C / runs.D)[None], np.ones((1, len(runs.N))))
-    return round(float(np.exp(i[0])), 9), round(float(s[0]), 9)
-
-
 # An exponent near 0 overflows to infinity: no optimum, and no warning either.
 @np.errstate(all="ignore")
 def optimum(law, C, rule=(6.0, 1.0)):
@@ -597,8 +589,9 @@ class LawFit(Fit):
     L = E + A/N^alpha + B/D^beta, and its N* ~ C^a, D* ~ C^b.
 
     objective: sum of Huber losses of log L. rss: sum of squared residuals of L. reached: share of
-    the starts that ended at this optimum. rule: (k, p) of C = k N^p D. influence: the five largest
-    residuals, and the law without each. residuals are of log L.
+    the starts that ended at this optimum. rule: (k, p) of C = k N^p D by least squares in logs,
+    (6, 1) where C is 6ND. influence: the five largest residuals, and the law without each.
+    residuals are of log L.
     """
     E: float
     A: float
@@ -643,11 +636,13 @@ def fit_variable_projection(N, D, loss, C=None, target=None, bootstrap=1000, see
 def _fit_law(method, runs, target, bootstrap, seed):
     check_resolved(runs)
     fitter, n = method(runs), len(runs.N)
-    theta, value = fitter.search(np.ones((1, n)))
+    once, C = np.ones((1, n)), target or runs.C.max()
+    theta, value = fitter.search(once)
     best = theta[value.argmin()]
-    laws = np.vstack([fitter.law(best[None], np.ones((1, n))),
+    laws = np.vstack([fitter.law(best[None], once),
                       refit(fitter, best, resample(n, bootstrap, seed))])     # (1 + bootstrap, 5)
-    rule, C = cost_rule(runs), target or runs.C.max()
+    logk, p = fit_lines(np.log(runs.N)[None], np.log(runs.C / runs.D)[None], once)
+    rule = round(float(np.exp(logk[0])), 9), round(float(p[0]), 9)
     rows = dict(zip(LAW, laws.T)) | dict(zip(("N", "D", "loss"), optimum(laws, C, rule)))
     rows["a"] = laws[:, 4] / (laws[:, 3] + rule[1] * laws[:, 4])
     rows["b"] = 1 - rule[1] * rows["a"]
@@ -659,8 +654,7 @@ def _fit_law(method, runs, target, bootstrap, seed):
     off = np.abs(np.log(runs.C / (rule[0] * runs.N ** rule[1] * runs.D))).max()
     if off > 0.02:
         flags.append(f"C differs by up to {100 * off:.0f}% from the k N^p D that N* and D* assume")
-    first, common = summarise(rows, C, runs.C.max(), flags, r)
-    return LawFit(**first, **common, objective=float(huber(r).sum()),
+    return LawFit(**summarise(rows, C, runs.C.max(), flags, r), objective=float(huber(r).sum()),
                   rss=float(((runs.loss - E - sum(terms)) ** 2).sum()), rule=rule,
                   reached=float((value <= value.min() * (1 + 1e-6) + 1e-12).mean()),
                   influence=influence)
@@ -691,8 +685,7 @@ def refit(fitter, best, w):
 def influential(fitter, best, runs, residuals):
     """The five largest residuals, each with the law that is left without that run."""
     worst = np.argsort(-np.abs(residuals))[:5]
-    w = np.ones((len(worst), len(residuals)))
-    w[np.arange(len(worst)), worst] = 0
+    w = 1 - np.eye(len(residuals))[worst]                            # all runs but that one
     return [dict(N=float(runs.N[i]), D=float(runs.D[i]), residual=float(residuals[i]),
                  without=dict(zip(LAW, law.tolist())))
             for i, law in zip(worst, refit(fitter, best, w))]
@@ -740,18 +733,15 @@ def state_law(fits):
     fits: architecture -> IsoflopFit with states, of one number of resamples. Returns one c with a k
     for each architecture, and each alone. Raises FitError where no state varies.
     """
-    points = {}                                                      # log M, log P = L, weight
+    points, separate = {}, {}                                        # log M, log P = L, weight
     for arch, fit in fits.items():
         w = np.isfinite(fit.optima["logM"]).astype(float)            # (1 + bootstrap, budgets)
         x, y = (np.where(w > 0, fit.optima[k], 0) for k in ("logM", "loss"))
         if w[0].sum() >= 2 and np.ptp(x[0][w[0] > 0]) > 0.01:
-            points[arch] = x, y, w
+            points[arch], (logk, c) = (x, y, w), fit_lines(x, y, w)
+            separate[arch] = estimates(dict(k=np.exp(logk), c=c))
     if not points:
         raise FitError("no architecture has a positive state that varies over two usable budgets")
-    separate = {}
-    for arch, xyw in points.items():
-        i, s = fit_lines(*xyw)
-        separate[arch] = estimates(dict(k=np.exp(i), c=s))
     # One slope with an intercept each: take each architecture's means away first.
     x, y, w = (np.concatenate(p, 1) for p in
                zip(*((x - means(x, w), y - means(y, w), w) for x, y, w in points.values())))
@@ -772,11 +762,10 @@ def overtraining(iso, law, C, ratios=(1 / 4, 1 / 2, 2, 4)):
     if isinstance(iso, IsoflopFit):
         curvature = iso.optima["curvature"]                          # (1 + bootstrap, budgets)
         curvature = means(np.nan_to_num(curvature), np.isfinite(curvature))[:, 0]
-        seen = {q: all(p["N_sampled"][0] <= q * p["N"] <= p["N_sampled"][1]
-                       for p in iso.parabolas if not p["flag"]) for q in ratios}
-        excess = {f"{q:g}": curvature[0] * np.log(q) ** 2 for q in ratios if seen[q]}
-        out["isoflop"] = excess | dict(curvature=curvature[0],
-                                       intervals=dict(curvature=interval(curvature[1:])))
+        used = [p for p in iso.parabolas if not p["flag"]]
+        excess = {f"{q:g}": curvature[0] * np.log(q) ** 2 for q in ratios
+                  if all(p["N_sampled"][0] <= q * p["N"] <= p["N_sampled"][1] for p in used)}
+        out["isoflop"] = excess | estimates(dict(curvature=curvature))
     if isinstance(law, LawFit):
         N, D, loss = law.optimum(C)
         out["law"] = {f"{q:g}": law.loss(N * q, D * q ** -law.rule[1]) - loss for q in ratios}
@@ -847,16 +836,15 @@ def compare(scores, archs):
     if len(archs) < 3:
         raise FitError("a rank correlation needs three architectures with both runs and a score, "
                        f"here {', '.join(archs) or 'none'}")
-    label, budgets = group_budgets(np.concatenate([r.C for r in archs.values()]))
-    ends = np.cumsum([len(r.C) for r in archs.values()])[:-1]
+    runs, names = pool(archs), np.repeat([*archs], [len(r.C) for r in archs.values()])
+    label, budgets = group_budgets(runs.C)
     for g, C in enumerate(budgets):
         losses, flags = {}, []
-        for (arch, runs), own in zip(archs.items(), np.split(label == g, ends)):
-            if own.any():
-                group = runs.take(own)
-                top, why = vertex(group)
-                losses[arch] = float(group.loss.min()) if why else top["loss"]
-                flags += [f"{arch}: best run in place of the optimum: {why}"] * bool(why)
+        for arch in dict.fromkeys(names[label == g].tolist()):
+            group = runs.take((label == g) & (names == arch))
+            top, why = vertex(group)
+            losses[arch] = float(group.loss.min()) if why else top["loss"]
+            flags += [f"{arch}: best run in place of the optimum: {why}"] * bool(why)
         if len(losses) >= 3:
             found = rank_correlation([scores[a] for a in losses], list(losses.values()))
             rows.append(dict(C=float(C), **vars(found), loss=losses, flags=flags))
@@ -915,10 +903,7 @@ def cell(values):
 
 
 def mad_table(found):
-    """
-    Markdown: scores averaged over classes with the published ones beneath, and the mean of token
-    accuracy; then how the two orders agree.
-    """
+    """Markdown: scores averaged over classes, the published ones beneath; how the orders agree."""
     heads = ["architecture", *(c.replace("-in-context-", " ").replace("in-context-", "")
                                for c in COLUMNS), "mean", "mean, tokens", "state", "parameters"]
     rows = [heads, ["---"] * len(heads)]
@@ -1001,9 +986,7 @@ def plain(value):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def brief(v):
@@ -1058,11 +1041,12 @@ def plot_frontier(ax, archs):
             C = np.geomspace(used[0]["C"], 10 * used[-1]["C"], 50)
             ax.plot(C, fit.optimum(C)[2], color="black", lw=1, ls=DASHES[i % 4])
     ax.set(title="optima; L*(C) to 10 times the largest", xlabel="compute C, FLOPs", xscale="log")
-    ax.legend(fontsize=7) if ax.get_legend_handles_labels()[0] else None
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7)
 
 
 def plot_runs(ax, archs, column, unit):
-    every = np.concatenate([np.log(r.C) for r in archs.values()])
+    every = np.log(pool(archs).C)
     for i, (arch, r) in enumerate(archs.items()):
         ax.scatter(getattr(r, column), r.loss, c=np.log(r.C), cmap="Greys", vmin=every.min() - 2,
                    vmax=every.max(), marker=MARKERS[i % 8], s=20, edgecolors="0.3", label=arch)
@@ -1094,34 +1078,29 @@ def plot_mad(ax, scores, row):
         taken.append(label.get_window_extent())
 
 
-def plot(archs, out, scores=None):
+def run_plot(args):
     """Parabolas, frontier, loss against N and D, and against MAD scores if given: one image."""
+    archs, scores = read_runs(args.runs), args.mad and read_scores(args.mad)
     panels = [(plot_parabolas, arch, runs) for arch, runs in archs.items()]
     panels += [(plot_frontier, archs), (plot_runs, archs, "N", "parameters"),
                (plot_runs, archs, "D", "training tokens")]
     panels += [(plot_mad, scores, compare(scores, archs)[-1])] if scores else []
-    draw(panels, out)
+    draw(panels, args.out)
 
 
 def draw(panels, out):
     """[(function of axes and arguments, arguments ...)] side by side, up to three a row."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         raise FitError("plots need matplotlib: pip install matplotlib") from None
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows),
-                                   layout="constrained", squeeze=False)
-    for ax in axes.flat[len(panels):]:
-        ax.axis("off")
-    for ax, (draw, *args) in zip(axes.flat, panels):
-        ax.set_ylabel("loss, nats a token")
-        draw(ax, *args)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    for i, (panel, *args) in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, i, ylabel="loss, nats a token")
+        panel(ax, *args)
     figure.savefig(out, dpi=130)
-    pyplot.close(figure)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1145,8 +1124,7 @@ BATCHES = {4e18: 2 ** 17, 2e19: 2 ** 18, 8e19: 2 ** 19}
 def batch_tokens(C):
     """Tokens a step: BATCHES, and below them a power of two, 2048 at 1e12, growing as C^(1/3)."""
     recalled = [tokens for budget, tokens in BATCHES.items() if C >= budget * 0.999]
-    small = 2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3)))
-    return recalled[-1] if recalled else min(small, 2 ** 17)
+    return max(recalled, default=min(2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3))), 2 ** 17))
 
 
 def family(arch):
@@ -1214,14 +1192,13 @@ def price(pattern, width, context, vocab_size):
 def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parameter=20.0,
                  seed=0, reach=4, limits=(0, np.inf)):
     """
-    The runs of a sweep, a dict each, budget by budget; those of fewer than 50 steps are left out.
+    The runs of a sweep, a dict each, budget by budget; and those left out, of fewer than 50 steps.
 
     Sizes: from N* / reach to reach N*, within limits, N* = sqrt(C / (6 tokens_per_parameter)), the
     same shapes for all architectures. That ratio is about 20 at scale (Hoffmann et al. 2022), and
-    more in small runs, which are short of steps: 77 for the transformer on bytes at 1e12 FLOPs
-    (results/sweep-fit.txt).
-    Steps: what the budget buys by the model's own count of FLOPs, unembedding included. Learning
-    rate: 0.003 at width 64, falling with its square root, untuned. Returns runs, left out.
+    more in small runs, short of steps: 77 for the transformer on bytes at 1e12 FLOPs
+    (results/sweep-fit.txt). Steps: what the budget buys by the model's own count of FLOPs,
+    unembedding included. Learning rate: 0.003 at width 64, falling with its square root, untuned.
     """
     families = {arch: family(arch) for arch in archs}
     period = int(np.lcm.reduce([2, *(blocks for _, blocks in families.values())]))
@@ -1243,15 +1220,15 @@ def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parame
     return [[r for r in runs if (r["steps"] >= LEAST_STEPS) == kept] for kept in (True, False)]
 
 
-def configuration(run, out, data, tokenizer, context):
+def configuration(run, args):
     """The run for train.py: 5% warmup, cosine to a tenth, AdamW (0.9, 0.95), decay 0.1, clip 1."""
     budget = f"{run['budget']:.4g}".replace("+", "")
     name = f"{run['arch']}_{budget}_{run['width']}x{run['depth']}_seed{run['seed']}"
     return train.TrainConfig(
-        task="text", layers=run["pattern"], dim=run["width"], context=context, name=name, out=out,
-        batch_size=run["batch"], steps=run["steps"], lr=run["lr"], min_lr=run["lr"] / 10,
-        warmup=max(1, run["steps"] // 20), clip=1.0, beta2=0.95, weight_decay=0.1, data=data,
-        tokenizer=tokenizer, eval_every=run["steps"], seed=run["seed"])
+        task="text", name=name, out=args.out, data=args.data, tokenizer=args.tokenizer,
+        layers=run["pattern"], dim=run["width"], context=args.context, batch_size=run["batch"],
+        steps=run["steps"], warmup=max(1, run["steps"] // 20), lr=run["lr"], min_lr=run["lr"] / 10,
+        clip=1.0, beta2=0.95, weight_decay=0.1, eval_every=run["steps"], seed=run["seed"])
 
 
 CSV_COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr "
@@ -1260,18 +1237,13 @@ KEY = ("arch", "budget", "width", "depth", "seed")       # what tells runs apart
 
 
 def write_runs(path, runs, earlier):
-    """The CSV anew: `runs`, after the rows of earlier sweeps that are not of the same runs."""
-    done = {tuple(str(run[k]) for k in KEY) for run in runs}
+    """The CSV anew: the rows of earlier sweeps, and `runs`, in place of earlier rows of theirs."""
+    rows = {tuple(str(row[k]) for k in KEY): row for row in [*earlier, *runs]}
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows([row for row in earlier if tuple(row[k] for k in KEY) not in done] + runs)
+    writer.writerows(rows.values())
     train.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def epochs(run, result):
-    """How often the run has read its corpus."""
-    return result and round(run["D"] / result["corpus"]["training_tokens"], 4) or None
 
 
 def sweep(runs, configs, path):
@@ -1285,12 +1257,13 @@ def sweep(runs, configs, path):
             bar.set_description(config.name)
             try:
                 result = train.train(config, say=None)
+                run |= dict(loss=result["val_loss"], bits_per_byte=result["bits_per_byte"],
+                            seconds=result["wall_s"],
+                            epochs=round(run["D"] / result["corpus"]["training_tokens"], 4))
             except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
                 bar.write(f"failed: {config.name}: {' '.join(str(error).split())[:300]}",
                           file=sys.stderr)
-                result, failed = {}, failed + 1
-            run |= dict(loss=result.get("val_loss"), bits_per_byte=result.get("bits_per_byte"),
-                        seconds=result.get("wall_s"), epochs=epochs(run, result))
+                failed += 1
             write_runs(path, runs[:i], earlier)
             bar.update(run["C"])
     return failed
@@ -1337,27 +1310,27 @@ def show_plan(runs, context, vocab_size, card, utilisation):
 
 
 def run_fit(args):
-    archs, options = read_runs(args.runs), (args.target, args.bootstrap)
+    archs = read_runs(args.runs)
+    options = dict(target=args.target, bootstrap=args.bootstrap, above=args.hold_out)
     # A seed each: resamples of two architectures must not be drawn alike.
-    results = {arch: analyse(runs, *options, args.seed + i, args.hold_out)
+    results = {arch: analyse(runs, seed=args.seed + i, **options)
                for i, (arch, runs) in enumerate(archs.items())}
-    whole = (analyse(pool(archs), *options, args.seed, args.hold_out) if len(archs) > 1 else
-             next(iter(results.values())))
-    fits = {a: r["isoflop"] for a, r in results.items() if isinstance(r["isoflop"], IsoflopFit)}
-    out = dict(archs=results, state_law=attempt(state_law, fits))
-    every = [r[m] for r in (whole, *results.values()) for m in METHODS]
-    if all(isinstance(fit, dict) for fit in every):
-        raise FitError("; ".join(f"{m}: {whole[m]['refused']}" for m in METHODS))
+    whole, shown = next(iter(results.values())), results
     if len(archs) > 1:
+        whole = analyse(pool(archs), seed=args.seed, **options)
         whole.setdefault("flags", []).append(
             f"{len(archs)} architectures pooled as if they were one: see archs")
+        shown = results | {"all together": whole}
+    if not any(isinstance(r[m], Fit) for r in shown.values() for m in METHODS):
+        raise FitError("; ".join(f"{m}: {whole[m]['refused']}" for m in METHODS))
+    fits = {a: r["isoflop"] for a, r in results.items() if isinstance(r["isoflop"], IsoflopFit)}
+    last = dict(state_law=attempt(state_law, fits))
     if args.draws:
         np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in results.items() for m in METHODS
                                 if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
     if args.json:
-        return print(json.dumps(plain(whole | out), allow_nan=False))
-    results |= {"all together": whole} if len(archs) > 1 else {}
-    for name, value in plain(results | dict(state_law=out["state_law"])).items():
+        return print(json.dumps(plain(whole | dict(archs=results) | last), allow_nan=False))
+    for name, value in plain(shown | last).items():
         print("\n".join(report(name, value)), end="\n\n")
 
 
@@ -1374,20 +1347,25 @@ def run_table(args):
     print(mad_table(read_records(args.mad)))
 
 
-def run_plot(args):
-    plot(read_runs(args.runs), args.out, args.mad and read_scores(args.mad))
+def runs_of(args, **options):
+    """The runs that a sweep or plan asks for; those left out are said."""
+    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context,
+                                  tasks.vocab_size(args.tokenizer), args.sizes,
+                                  args.tokens_per_parameter, **options)
+    for run in left_out:
+        print(f"left out: {run['arch']} of {run['N']:,} parameters: {run['budget']:g} FLOPs buy "
+              f"{run['steps']} steps, fewer than {LEAST_STEPS}")
+    if not runs:
+        raise FitError(f"these budgets buy no run of {LEAST_STEPS} steps: raise them")
+    return runs
 
 
 def run_sweep(args):
     if train.torchrun_place()[1] > 1:
         raise ValueError("a sweep is one process: start it with python, not with torchrun")
-    vocab_size = tasks.vocab_size(args.tokenizer)
-    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
-                                  args.tokens_per_parameter, args.seed)
-    say_left_out(left_out, runs)
+    runs = runs_of(args, seed=args.seed)
     tasks.load_tokens(args.data, args.tokenizer)                     # tokenised once, or refused
-    configs = [configuration(run, args.out, args.data, args.tokenizer, args.context)
-               for run in runs]
+    configs = [configuration(run, args) for run in runs]
     for config in configs:
         train.find_folder(config)                                    # no folder holds another run
     path = Path(args.out) / "runs.csv"
@@ -1398,27 +1376,17 @@ def run_sweep(args):
         why, number = stop.args or ("stopped at once", 2)
         print(f"{why}; finished runs, if any, are in {path}", file=sys.stderr)
         return 128 + number
-    again = max(run["epochs"] or 0 for run in runs)
+    again = max(run.get("epochs", 0) for run in runs)                # times they read the corpus
     print(f"{len(runs) - failed} of {len(runs)} runs are in {path}"
           + f"; some read their corpus up to {again:.1f} times" * (again > 1)
           + f"\nnext: python scaling.py fit {path}")
     return 1 if failed else 0
 
 
-def say_left_out(runs, others):
-    for run in runs:
-        print(f"left out: {run['arch']} of {run['N']:,} parameters: {run['budget']:g} FLOPs buy "
-              f"{run['steps']} steps, fewer than {LEAST_STEPS}")
-    if not others:
-        raise FitError(f"these budgets buy no run of {LEAST_STEPS} steps: raise them")
-
-
 def run_plan(args):
-    vocab_size = tasks.vocab_size(args.tokenizer)
-    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
-                                  args.tokens_per_parameter, reach=9, limits=PAPER_SIZES)
-    say_left_out(left_out, runs)
-    print(show_plan(runs, args.context, vocab_size, args.card, args.utilisation))
+    runs = runs_of(args, reach=9, limits=PAPER_SIZES)
+    print(show_plan(runs, args.context, tasks.vocab_size(args.tokenizer), args.card,
+                    args.utilisation))
 
 
 def above(low, kind=int):
@@ -1446,13 +1414,11 @@ def _command(commands, name, run, text, epilog=None):
     return command.add_argument
 
 
-ARCHS_HELP = ("An architecture is a name from python model.py, or MIXER@PERCENT: mh-hyena@25 has "
-              "attention in 25% of its blocks (0, 8.3, 25, 50 or 100). All architectures of one "
-              "sweep have the same widths and depths.")
-
-
-def _isoflop_options(add, budgets, context, tokenizer, ratio):
-    """What sweep and plan have in common."""
+def _isoflop_command(commands, name, run, text, budgets, context, tokenizer, ratio):
+    """sweep or plan, with the options that both have."""
+    add = _command(commands, name, run, text, "An architecture is a name from python model.py, or "
+                   "MIXER@PERCENT: mh-hyena@25 has attention in 25% of its blocks (0, 8.3, 25, 50 "
+                   "or 100). All architectures of one sweep have the same widths and depths.")
     add("--archs", type=listed(str), default=["transformer", "hybrid"], metavar="A,B",
         help="architectures, with commas between (default transformer,hybrid)")
     add("--budgets", type=listed(above(0, float)), default=budgets, metavar="C,C",
@@ -1462,19 +1428,19 @@ def _isoflop_options(add, budgets, context, tokenizer, ratio):
         help=f"at the middle size of a group; moves all sizes (default {ratio})")
     add("--context", type=above(0), default=context, help=f"tokens a sequence (default {context})")
     add("--tokenizer", default=tokenizer, help=f"bytes or tiktoken's (default {tokenizer})")
+    return add
 
 
 def _sweep_commands(commands):
-    add = _command(commands, "sweep", run_sweep, "train IsoFLOP groups into a CSV for fit; started "
-                   "again it goes on where it was stopped", ARCHS_HELP)
-    _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
+    add = _isoflop_command(commands, "sweep", run_sweep, "train IsoFLOP groups into a CSV for fit; "
+                           "started again it goes on where it was stopped",
+                           "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
     add("--data", help="as in train.py (default: Python's standard library)")
     add("--seed", type=above(-1), default=0, help="of parameters and data (default 0)")
     add("--out", default="out/sweep", help="folder of the runs' folders and of runs.csv, where "
         "rows of other runs stay (default out/sweep)")
-    add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
-                   ARCHS_HELP)
-    _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
+    add = _isoflop_command(commands, "plan", run_plan, "price IsoFLOP groups instead of training "
+                           "them", "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
     add("--card", choices=train.CARDS, default="H100", help="one of them (default H100)")
     add("--utilisation", type=above(0, float), default=0.4,
         help="of its peak in bfloat16, a guess until measured (default 0.4)")
