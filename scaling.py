@@ -902,8 +902,9 @@ def cell(values):
     return f"{values.mean():.1f}" + (f" ±{np.ptp(values) / 2:.1f}" if len(values) > 1 else "")
 
 
-def mad_table(found):
+def run_table(args):
     """Markdown: scores averaged over classes, the published ones beneath; how the orders agree."""
+    found = read_records(args.mad)
     heads = ["architecture", *(c.replace("-in-context-", " ").replace("in-context-", "")
                                for c in COLUMNS), "mean", "mean, tokens", "state", "parameters"]
     rows = [heads, ["---"] * len(heads)]
@@ -918,8 +919,8 @@ def mad_table(found):
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     both = [name for name in found if name in PUBLISHED]
     rank = rank_correlation([mad_mean(found[a]) for a in both], [PUBLISHED[a][-1] for a in both])
-    return "\n".join([*lines, "", "Spearman's correlation of these means with the published ones: "
-                      f"{rank.rho:.2f}, n = {rank.n}, permutation p = {rank.p:.2g}"])
+    print(*lines, "", "Spearman's correlation of these means with the published ones: "
+          f"{rank.rho:.2f}, n = {rank.n}, permutation p = {rank.p:.2g}", sep="\n")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1284,25 +1285,24 @@ def memory(run, context, vocab_size):
     return (16 * run["N_total"] + activations + 10 * context * vocab_size) / 1e9
 
 
-def show_plan(runs, context, vocab_size, card, utilisation):
-    """The plan as lines of text."""
-    peak, room = train.CARDS[card]
-    hours = lambda C: C / (peak * utilisation) / 3600
-    lines = [f"{'architecture':<22}{'budget':>8}{'width':>7}{'blocks':>7}{'N, M':>9}{'all, M':>9}"
-             f"{'tokens, B':>11}{'batch':>7}{'steps':>9}{'FLOPs':>11}{'GB':>7}{'hours':>8}"]
+def run_plan(args):
+    runs, vocab_size = runs_of(args, reach=9, limits=PAPER_SIZES), tasks.vocab_size(args.tokenizer)
+    peak, room = train.CARDS[args.card]
+    hours = lambda C: C / (peak * args.utilisation) / 3600
+    print(f"{'architecture':<22}{'budget':>8}{'width':>7}{'blocks':>7}{'N, M':>9}{'all, M':>9}"
+          f"{'tokens, B':>11}{'batch':>7}{'steps':>9}{'FLOPs':>11}{'GB':>7}{'hours':>8}")
     for r in runs:
-        GB = memory(r, context, vocab_size)
-        lines.append(f"{r['arch']:<22}{r['budget']:>8.0e}{r['width']:>7}{r['depth']:>7}"
-                     f"{r['N'] / 1e6:>9,.1f}{r['N_total'] / 1e6:>9,.1f}{r['D'] / 1e9:>11,.2f}"
-                     f"{r['batch']:>7,}{r['steps']:>9,}{r['C']:>11.3e}"
-                     f"{GB:>6,.1f}{'!' if GB > room else ' '}{hours(r['C']):>8,.1f}")
+        GB = memory(r, args.context, vocab_size)
+        print(f"{r['arch']:<22}{r['budget']:>8.0e}{r['width']:>7}{r['depth']:>7}"
+              f"{r['N'] / 1e6:>9,.1f}{r['N_total'] / 1e6:>9,.1f}{r['D'] / 1e9:>11,.2f}"
+              f"{r['batch']:>7,}{r['steps']:>9,}{r['C']:>11.3e}"
+              f"{GB:>6,.1f}{'!' if GB > room else ' '}{hours(r['C']):>8,.1f}")
     whole = sum(r["C"] for r in runs)
-    return "\n".join(lines + [
-        f"{len(runs)} runs, {whole:.3e} FLOPs, {hours(whole):,.0f} hours of one {card} at "
-        f"{100 * utilisation:g}% of {peak / 1e12:g} TFLOP/s (a guess: measure yours)",
-        f"context {context}, vocabulary {vocab_size:,}; N without embeddings; batch: sequences a "
-        f"step; GB: one sequence at a time, ! = more than the {room} GB of one {card}",
-        "batch in tokens from 4e18 on: the paper's as recalled, not checked"])
+    print(f"{len(runs)} runs, {whole:.3e} FLOPs, {hours(whole):,.0f} hours of one {args.card} at "
+          f"{100 * args.utilisation:g}% of {peak / 1e12:g} TFLOP/s (a guess: measure yours)\n"
+          f"context {args.context}, vocabulary {vocab_size:,}; N without embeddings; batch: "
+          f"sequences a step; GB: one sequence at a time, ! = more than the {room} GB of one "
+          f"{args.card}\nbatch in tokens from 4e18 on: the paper's as recalled, not checked")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1343,10 +1343,6 @@ def run_compare(args):
     print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(report("budget", rows)))
 
 
-def run_table(args):
-    print(mad_table(read_records(args.mad)))
-
-
 def runs_of(args, **options):
     """The runs that a sweep or plan asks for; those left out are said."""
     runs, left_out = isoflop_runs(args.archs, args.budgets, args.context,
@@ -1381,12 +1377,6 @@ def run_sweep(args):
           + f"; some read their corpus up to {again:.1f} times" * (again > 1)
           + f"\nnext: python scaling.py fit {path}")
     return 1 if failed else 0
-
-
-def run_plan(args):
-    runs = runs_of(args, reach=9, limits=PAPER_SIZES)
-    print(show_plan(runs, args.context, tasks.vocab_size(args.tokenizer), args.card,
-                    args.utilisation))
 
 
 def above(low, kind=int):
