@@ -24,16 +24,14 @@ Three ways to the optimum, since each fails in its own manner:
 Intervals are 95% bootstrap percentiles over resampled runs. What the runs cannot tell is refused
 (FitError) or flagged: read the flags before the numbers.
 
-  python scaling.py sweep --archs transformer,hybrid --budgets 1e12,3e12,1e13,3e13
-                                                           trains such runs into out/sweep/runs.csv
-  python scaling.py sweep --archs mh-hyena@0,mh-hyena@25,transformer --budgets 1e13
-                                                           ratios of attention, at the same shapes
+  python scaling.py sweep --budgets 1e12,3e12,1e13,3e13    trains such runs into out/sweep/runs.csv
+  python scaling.py sweep --archs mh-hyena@0,mh-hyena@25   ratios of attention, at the same shapes
   python scaling.py plan --budgets 4e18,8e19 --card H100   what the paper's budgets would take
   python scaling.py fit runs.csv                           a report: 3 s for 20 runs, 13 s for 240
   python scaling.py fit runs.csv --json --target 1e21      the same as one JSON object
   python scaling.py table --mad results/mad/quick          MAD scores beside the published ones
-  python scaling.py compare --mad results/mad/quick --runs runs.csv
-  python scaling.py plot runs.csv --out scaling.png
+  python scaling.py compare --mad results/mad/quick --runs runs.csv     how the two orders agree
+  python scaling.py plot runs.csv --out scaling.png        parabolas, frontier, losses
 """
 import argparse
 import csv
@@ -114,9 +112,13 @@ def distinct(values):
     return len(np.unique(np.round(100 * np.log(values))))
 
 
+def dropped_flags(runs):
+    return [f"{k} rows dropped: {name} is missing, infinite or not positive"
+            for name, k in runs.dropped.items()]
+
+
 def data_flags(runs):
-    flags = [f"{k} rows dropped: {name} is missing, infinite or not positive"
-             for name, k in runs.dropped.items()]
+    flags = dropped_flags(runs)
     twins = len(runs.N) - np.unique([runs.N, runs.D, runs.loss], axis=1).shape[1]
     if twins:
         flags.append(f"{twins} rows repeat another exactly: they count twice, intervals too narrow")
@@ -193,7 +195,7 @@ class PowerLaw:
 
 def fit_power_law(x, y, bootstrap=1000, seed=0):
     """
-    y = k x^c: least squares in logs.
+    The PowerLaw y = k x^c through points, by least squares in logs.
 
     x, y: (n,), positive; other points are dropped and flagged. Raises FitError for fewer than two
     different x.
@@ -202,7 +204,7 @@ def fit_power_law(x, y, bootstrap=1000, seed=0):
     if x.shape != y.shape or x.ndim != 1:
         raise FitError(f"x {x.shape} and y {y.shape} must be columns of one length")
     keep = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
-    if not keep.any() or distinct(x[keep]) < 2:
+    if distinct(x[keep]) < 2:
         raise FitError("a power law needs two different x with positive y")
     lx, ly, n = np.log(x[keep])[None], np.log(y[keep])[None], int(keep.sum())
     i, s = fit_lines(lx, ly, np.vstack([np.ones(n), resample(n, bootstrap, seed)]))
@@ -271,13 +273,13 @@ def summarise(rows, C, largest, flags, residuals):
     rows["tokens_per_parameter"] = rows["D"] / rows["N"]
     failed = ~np.isfinite(rows["N"][1:])
     draws = {k: np.where(failed, np.nan, v[1:]) for k, v in rows.items()}
-    first = {k: float(v[0]) for k, v in rows.items()}
-    goal = {k: first.pop(k) for k in ("N", "D", "loss", "tokens_per_parameter")}
+    out = {k: float(v[0]) for k, v in rows.items()}
+    goal = {k: out.pop(k) for k in ("N", "D", "loss", "tokens_per_parameter")}
     if failed.sum() > 0.05 * len(failed):
         flags.append(f"{failed.sum()} of {len(failed)} resamples failed: intervals are too narrow")
-    return first, dict(target=dict(C=float(C), decades=float(np.log10(C / largest)), **goal),
-                       intervals={k: interval(v) for k, v in draws.items()},
-                       failed=int(failed.sum()), flags=flags, residuals=residuals, draws=draws)
+    return out | dict(target=dict(C=float(C), decades=float(np.log10(C / largest)), **goal),
+                      intervals={k: interval(v) for k, v in draws.items()},
+                      failed=int(failed.sum()), flags=flags, residuals=residuals, draws=draws)
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -376,14 +378,14 @@ def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, see
     C = target or budgets[-1]
     ok = np.isfinite(optima["loss"]).astype(float)                   # (1 + bootstrap, budgets)
     logC = np.broadcast_to(np.log(budgets), ok.shape)
-    logs = dict(N=fit_lines(logC, optima["logN"], ok), D=fit_lines(logC, optima["logD"], ok),
-                loss=fit_lines(logC, np.log(optima["loss"]), ok))
+    logs = dict(N=optima["logN"], D=optima["logD"], loss=np.log(optima["loss"]))
+    logs = {k: fit_lines(logC, v, ok) for k, v in logs.items()}
     rows = dict(a=logs["N"][1], b=logs["D"][1], loss_exponent=-logs["loss"][1])
     rows |= {k: np.exp(i + s * np.log(C)) for k, (i, s) in logs.items()}
-    first, common = summarise(rows, C, max(used), flags, residuals)
-    if abs(first["a"] + first["b"] - 1) > 0.01:
-        flags.append(f"a + b is {first['a'] + first['b']:.3f}, not 1")
-    return IsoflopFit(**first, **common, parabolas=table, optima=optima,
+    common = summarise(rows, C, max(used), flags, residuals)
+    if abs(common["a"] + common["b"] - 1) > 0.01:
+        flags.append(f"a + b is {common['a'] + common['b']:.3f}, not 1")
+    return IsoflopFit(**common, parabolas=table, optima=optima,
                       logs={k: (i[0], s[0]) for k, (i, s) in logs.items()})
 
 
@@ -401,26 +403,26 @@ def isoflop_flags(table, used, C, label):
 # Many small minimisations at once
 
 
-def minimise(objective, theta, w, rounds=100, tol=1e-10):
+def minimise(objective, theta, w, tol=1e-10):
     """
     Levenberg-Marquardt on S problems together, each with its own damping.
 
     objective(theta (S, P), w (S or 1, n)) -> value (S,), gradient (S, P), curvature (S, P, P). A
-    problem leaves after two steps that gain less than tol of its value, or when no step gains.
-    Returns theta (S, P), value (S,).
+    problem leaves after two steps that gain less than tol of its value, when no step gains, or
+    after 100. Returns theta (S, P), value (S,).
     """
     w = np.broadcast_to(w, (len(theta), w.shape[1]))
     block = max(1, 30_000 // w.shape[1])                             # larger ones leave the cache
-    parts = [_minimise(objective, theta[i:i + block], w[i:i + block], rounds, tol)
+    parts = [_minimise(objective, theta[i:i + block], w[i:i + block], tol)
              for i in range(0, len(theta), block)]
     return tuple(np.concatenate(p) for p in zip(*parts))
 
 
-def _minimise(objective, theta, w, rounds, tol):
+def _minimise(objective, theta, w, tol):
     theta, live, diagonal = theta.copy(), np.arange(len(theta)), np.arange(theta.shape[1])
     v, g, H = objective(theta, w)
     value, damping, idle = v.copy(), np.full(len(v), 1e-2), np.zeros(len(v), int)
-    for _ in range(rounds):
+    for _ in range(100):
         size, damped = np.abs(H[:, diagonal, diagonal]), H.copy()
         floor = 1e-9 * size.max(1, keepdims=True) + 1e-30
         damped[:, diagonal, diagonal] += damping[:, None] * np.maximum(size, floor)
@@ -455,7 +457,7 @@ def huber(r):
 
 class Huber:
     """
-    sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
+    The objective sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
 
     The sum, not the mean, as in published fits. Hoffmann et al. 2022, equation 3.
     """
@@ -478,8 +480,11 @@ class Huber:
         return theta
 
     def search(self, w):
-        """Every start, in two stages: reweighted least squares, sure to descend from anywhere (the
-        true curvature of an almost absolute loss says little far away), then Newton, exact."""
+        """
+        Where every start ends: theta (4500, 5) and value (4500,). Two stages: reweighted least
+        squares descends from anywhere (far away, the true curvature of an almost absolute loss says
+        little); then Newton's method is exact.
+        """
         theta, _ = minimise(lambda t, w: self(t, w, newton=False), self.starts(), w, tol=1e-6)
         return minimise(self, theta, w)
 
@@ -511,7 +516,8 @@ class Huber:
 
 class Projection(Huber):
     """
-    min over E, A, B >= 0 of sum_i w_i r_i^2 / 2,   r = E + A exp(-alpha x) + B exp(-beta y) - L
+    The objective min over E, A, B >= 0 of sum_i w_i r_i^2 / 2,
+    r = E + A exp(-alpha x) + B exp(-beta y) - L
 
     theta = (log alpha, log beta), which keeps the exponents positive.
     """
@@ -564,18 +570,12 @@ class Projection(Huber):
         return np.stack([c[:, 2], *(c[:, :2] * np.exp(rate * self.middle)).T, *rate.T], 1)
 
 
-def cost_rule(runs):
-    """(k, p) of C = k N^p D, by least squares in logs; (6, 1) where C is 6ND."""
-    i, s = fit_lines(np.log(runs.N)[None], np.log(runs.C / runs.D)[None], np.ones((1, len(runs.N))))
-    return round(float(np.exp(i[0])), 9), round(float(s[0]), 9)
-
-
 # An exponent near 0 overflows to infinity: no optimum, and no warning either.
 @np.errstate(all="ignore")
 def optimum(law, C, rule=(6.0, 1.0)):
     """
-    N*, D*, L* (S,) of laws (S, 5), the least loss on C = k N^p D, where alpha A / N^alpha =
-    p beta B / D^beta. NaN without positive A, B, alpha and beta: then there is no optimum.
+    N*, D*, L* (S,) of laws (S, 5): where the loss is least on C = k N^p D, which is where
+    alpha A / N^alpha = p beta B / D^beta. NaN unless A, B, alpha and beta are positive.
     """
     (E, A, B, alpha, beta), (k, p) = np.where((law[:, 1:] > 0).all(1), law.T, np.nan), rule
     logN = (np.log(alpha * A / (p * beta * B)) + beta * np.log(C / k)) / (alpha + p * beta)
@@ -589,8 +589,9 @@ class LawFit(Fit):
     L = E + A/N^alpha + B/D^beta, and its N* ~ C^a, D* ~ C^b.
 
     objective: sum of Huber losses of log L. rss: sum of squared residuals of L. reached: share of
-    the starts that ended at this optimum. rule: (k, p) of C = k N^p D. influence: the five largest
-    residuals, and the law without each. residuals are of log L.
+    the starts that ended at this optimum. rule: (k, p) of C = k N^p D by least squares in logs,
+    (6, 1) where C is 6ND. influence: the five largest residuals, and the law without each.
+    residuals are of log L.
     """
     E: float
     A: float
@@ -635,11 +636,13 @@ def fit_variable_projection(N, D, loss, C=None, target=None, bootstrap=1000, see
 def _fit_law(method, runs, target, bootstrap, seed):
     check_resolved(runs)
     fitter, n = method(runs), len(runs.N)
-    theta, value = fitter.search(np.ones((1, n)))
+    once, C = np.ones((1, n)), target or runs.C.max()
+    theta, value = fitter.search(once)
     best = theta[value.argmin()]
-    laws = np.vstack([fitter.law(best[None], np.ones((1, n))),
+    laws = np.vstack([fitter.law(best[None], once),
                       refit(fitter, best, resample(n, bootstrap, seed))])     # (1 + bootstrap, 5)
-    rule, C = cost_rule(runs), target or runs.C.max()
+    logk, p = fit_lines(np.log(runs.N)[None], np.log(runs.C / runs.D)[None], once)
+    rule = round(float(np.exp(logk[0])), 9), round(float(p[0]), 9)
     rows = dict(zip(LAW, laws.T)) | dict(zip(("N", "D", "loss"), optimum(laws, C, rule)))
     rows["a"] = laws[:, 4] / (laws[:, 3] + rule[1] * laws[:, 4])
     rows["b"] = 1 - rule[1] * rows["a"]
@@ -651,8 +654,7 @@ def _fit_law(method, runs, target, bootstrap, seed):
     off = np.abs(np.log(runs.C / (rule[0] * runs.N ** rule[1] * runs.D))).max()
     if off > 0.02:
         flags.append(f"C differs by up to {100 * off:.0f}% from the k N^p D that N* and D* assume")
-    first, common = summarise(rows, C, runs.C.max(), flags, r)
-    return LawFit(**first, **common, objective=float(huber(r).sum()),
+    return LawFit(**summarise(rows, C, runs.C.max(), flags, r), objective=float(huber(r).sum()),
                   rss=float(((runs.loss - E - sum(terms)) ** 2).sum()), rule=rule,
                   reached=float((value <= value.min() * (1 + 1e-6) + 1e-12).mean()),
                   influence=influence)
@@ -683,8 +685,7 @@ def refit(fitter, best, w):
 def influential(fitter, best, runs, residuals):
     """The five largest residuals, each with the law that is left without that run."""
     worst = np.argsort(-np.abs(residuals))[:5]
-    w = np.ones((len(worst), len(residuals)))
-    w[np.arange(len(worst)), worst] = 0
+    w = 1 - np.eye(len(residuals))[worst]                            # all runs but that one
     return [dict(N=float(runs.N[i]), D=float(runs.D[i]), residual=float(residuals[i]),
                  without=dict(zip(LAW, law.tolist())))
             for i, law in zip(worst, refit(fitter, best, w))]
@@ -732,18 +733,15 @@ def state_law(fits):
     fits: architecture -> IsoflopFit with states, of one number of resamples. Returns one c with a k
     for each architecture, and each alone. Raises FitError where no state varies.
     """
-    points = {}                                                      # log M, log P = L, weight
+    points, separate = {}, {}                                        # log M, log P = L, weight
     for arch, fit in fits.items():
         w = np.isfinite(fit.optima["logM"]).astype(float)            # (1 + bootstrap, budgets)
         x, y = (np.where(w > 0, fit.optima[k], 0) for k in ("logM", "loss"))
         if w[0].sum() >= 2 and np.ptp(x[0][w[0] > 0]) > 0.01:
-            points[arch] = x, y, w
+            points[arch], (logk, c) = (x, y, w), fit_lines(x, y, w)
+            separate[arch] = estimates(dict(k=np.exp(logk), c=c))
     if not points:
         raise FitError("no architecture has a positive state that varies over two usable budgets")
-    separate = {}
-    for arch, xyw in points.items():
-        i, s = fit_lines(*xyw)
-        separate[arch] = estimates(dict(k=np.exp(i), c=s))
     # One slope with an intercept each: take each architecture's means away first.
     x, y, w = (np.concatenate(p, 1) for p in
                zip(*((x - means(x, w), y - means(y, w), w) for x, y, w in points.values())))
@@ -764,11 +762,10 @@ def overtraining(iso, law, C, ratios=(1 / 4, 1 / 2, 2, 4)):
     if isinstance(iso, IsoflopFit):
         curvature = iso.optima["curvature"]                          # (1 + bootstrap, budgets)
         curvature = means(np.nan_to_num(curvature), np.isfinite(curvature))[:, 0]
-        seen = {q: all(p["N_sampled"][0] <= q * p["N"] <= p["N_sampled"][1]
-                       for p in iso.parabolas if not p["flag"]) for q in ratios}
-        excess = {f"{q:g}": curvature[0] * np.log(q) ** 2 for q in ratios if seen[q]}
-        out["isoflop"] = excess | dict(curvature=curvature[0],
-                                       intervals=dict(curvature=interval(curvature[1:])))
+        used = [p for p in iso.parabolas if not p["flag"]]
+        excess = {f"{q:g}": curvature[0] * np.log(q) ** 2 for q in ratios
+                  if all(p["N_sampled"][0] <= q * p["N"] <= p["N_sampled"][1] for p in used)}
+        out["isoflop"] = excess | estimates(dict(curvature=curvature))
     if isinstance(law, LawFit):
         N, D, loss = law.optimum(C)
         out["law"] = {f"{q:g}": law.loss(N * q, D * q ** -law.rule[1]) - loss for q in ratios}
@@ -813,6 +810,8 @@ def analyse(runs, target=None, bootstrap=1000, seed=0, above=None):
     """Everything about one set of runs: name -> fit, table or refusal."""
     options = dict(target=target, bootstrap=bootstrap, seed=seed)
     out = dict(runs=len(runs.N), dropped=runs.dropped)
+    if runs.dropped:                                                 # the fits see clean runs only
+        out["flags"] = dropped_flags(runs)
     out["isoflop"] = iso = attempt(fit_isoflop, *runs.columns, runs.state, **options)
     for name in ("parametric", "variable_projection"):
         out[name] = law = attempt(METHODS[name], *runs.columns, **options)
@@ -837,16 +836,15 @@ def compare(scores, archs):
     if len(archs) < 3:
         raise FitError("a rank correlation needs three architectures with both runs and a score, "
                        f"here {', '.join(archs) or 'none'}")
-    label, budgets = group_budgets(np.concatenate([r.C for r in archs.values()]))
-    ends = np.cumsum([len(r.C) for r in archs.values()])[:-1]
+    runs, names = pool(archs), np.repeat([*archs], [len(r.C) for r in archs.values()])
+    label, budgets = group_budgets(runs.C)
     for g, C in enumerate(budgets):
         losses, flags = {}, []
-        for (arch, runs), own in zip(archs.items(), np.split(label == g, ends)):
-            if own.any():
-                group = runs.take(own)
-                top, why = vertex(group)
-                losses[arch] = float(group.loss.min()) if why else top["loss"]
-                flags += [f"{arch}: best run in place of the optimum: {why}"] * bool(why)
+        for arch in dict.fromkeys(names[label == g].tolist()):
+            group = runs.take((label == g) & (names == arch))
+            top, why = vertex(group)
+            losses[arch] = float(group.loss.min()) if why else top["loss"]
+            flags += [f"{arch}: best run in place of the optimum: {why}"] * bool(why)
         if len(losses) >= 3:
             found = rank_correlation([scores[a] for a in losses], list(losses.values()))
             rows.append(dict(C=float(C), **vars(found), loss=losses, flags=flags))
@@ -904,11 +902,9 @@ def cell(values):
     return f"{values.mean():.1f}" + (f" ±{np.ptp(values) / 2:.1f}" if len(values) > 1 else "")
 
 
-def mad_table(found):
-    """
-    Markdown: scores averaged over classes with the published ones beneath, and the mean of token
-    accuracy; then how the two orders agree.
-    """
+def run_table(args):
+    """Markdown: scores averaged over classes, the published ones beneath; how the orders agree."""
+    found = read_records(args.mad)
     heads = ["architecture", *(c.replace("-in-context-", " ").replace("in-context-", "")
                                for c in COLUMNS), "mean", "mean, tokens", "state", "parameters"]
     rows = [heads, ["---"] * len(heads)]
@@ -923,8 +919,8 @@ def mad_table(found):
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     both = [name for name in found if name in PUBLISHED]
     rank = rank_correlation([mad_mean(found[a]) for a in both], [PUBLISHED[a][-1] for a in both])
-    return "\n".join([*lines, "", "Spearman's correlation of these means with the published ones: "
-                      f"{rank.rho:.2f}, n = {rank.n}, permutation p = {rank.p:.2g}"])
+    print(*lines, "", "Spearman's correlation of these means with the published ones: "
+          f"{rank.rho:.2f}, n = {rank.n}, permutation p = {rank.p:.2g}", sep="\n")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -991,9 +987,7 @@ def plain(value):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def brief(v):
@@ -1048,11 +1042,12 @@ def plot_frontier(ax, archs):
             C = np.geomspace(used[0]["C"], 10 * used[-1]["C"], 50)
             ax.plot(C, fit.optimum(C)[2], color="black", lw=1, ls=DASHES[i % 4])
     ax.set(title="optima; L*(C) to 10 times the largest", xlabel="compute C, FLOPs", xscale="log")
-    ax.legend(fontsize=7) if ax.get_legend_handles_labels()[0] else None
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7)
 
 
 def plot_runs(ax, archs, column, unit):
-    every = np.concatenate([np.log(r.C) for r in archs.values()])
+    every = np.log(pool(archs).C)
     for i, (arch, r) in enumerate(archs.items()):
         ax.scatter(getattr(r, column), r.loss, c=np.log(r.C), cmap="Greys", vmin=every.min() - 2,
                    vmax=every.max(), marker=MARKERS[i % 8], s=20, edgecolors="0.3", label=arch)
@@ -1061,45 +1056,52 @@ def plot_runs(ax, archs, column, unit):
     ax.legend(fontsize=7)
 
 
+# Where a label may stand beside its point: the offset in points, and how it is aligned there.
+PLACES = ((6, -3), "left"), ((-6, -3), "right"), ((0, 6), "center"), ((0, -12), "center")
+
+
 def plot_mad(ax, scores, row):
-    for i, (arch, loss) in enumerate(sorted(row["loss"].items(), key=lambda item: item[1])):
-        ax.plot(scores[arch], loss, "o", color="black")
-        side, where = ((5, "left"), (-5, "right"))[i % 2]            # so that fewer labels overlap
-        ax.annotate(arch, (scores[arch], loss), (side, -3), textcoords="offset points", fontsize=7,
-                    ha=where)
-    ax.margins(0.2)
+    """A scatter, each label at the first place where it covers no point and no earlier label."""
+    from matplotlib.transforms import Bbox
+    points = [(scores[arch], loss) for arch, loss in row["loss"].items()]
+    ax.plot(*zip(*points), "o", color="black")
+    ax.margins(0.45, 0.15)
     ax.set(title=f"optima at {row['C']:.1e} FLOPs: rho {row['rho']:.2f}, p {row['p']:.2g}, "
            f"n {row['n']}", xlabel="MAD score")
+    ax.figure.draw_without_rendering()                               # now points have their pixels
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(points)]
+    for arch, point in zip(row["loss"], points):
+        label = ax.annotate(arch, point, (0, 0), textcoords="offset points", fontsize=8)
+        for place, aligned in PLACES:
+            label.set(position=place, ha=aligned)
+            if not label.get_window_extent().count_overlaps(taken):
+                break
+        taken.append(label.get_window_extent())
 
 
-def plot(archs, out, scores=None):
+def run_plot(args):
     """Parabolas, frontier, loss against N and D, and against MAD scores if given: one image."""
+    archs, scores = read_runs(args.runs), args.mad and read_scores(args.mad)
     panels = [(plot_parabolas, arch, runs) for arch, runs in archs.items()]
     panels += [(plot_frontier, archs), (plot_runs, archs, "N", "parameters"),
                (plot_runs, archs, "D", "training tokens")]
     panels += [(plot_mad, scores, compare(scores, archs)[-1])] if scores else []
-    draw(panels, out)
+    draw(panels, args.out)
 
 
 def draw(panels, out):
     """[(function of axes and arguments, arguments ...)] side by side, up to three a row."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         raise FitError("plots need matplotlib: pip install matplotlib") from None
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows),
-                                   layout="constrained", squeeze=False)
-    for ax, (draw, *args) in zip(axes.flat, panels):
-        draw(ax, *args)
-        ax.set_ylabel("loss, nats a token")
-    for ax in axes.flat[len(panels):]:
-        ax.axis("off")
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    for i, (panel, *args) in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, i, ylabel="loss, nats a token")
+        panel(ax, *args)
     figure.savefig(out, dpi=130)
-    pyplot.close(figure)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1123,8 +1125,7 @@ BATCHES = {4e18: 2 ** 17, 2e19: 2 ** 18, 8e19: 2 ** 19}
 def batch_tokens(C):
     """Tokens a step: BATCHES, and below them a power of two, 2048 at 1e12, growing as C^(1/3)."""
     recalled = [tokens for budget, tokens in BATCHES.items() if C >= budget * 0.999]
-    small = 2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3)))
-    return recalled[-1] if recalled else min(small, 2 ** 17)
+    return max(recalled, default=min(2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3))), 2 ** 17))
 
 
 def family(arch):
@@ -1143,8 +1144,9 @@ def family(arch):
 
 def at_width(pattern, width):
     """
-    MAD's settings are for width 128. Here experts' widths and Mamba's rank grow with the width, and
-    heads keep theirs, 8 or 16; attention's have 16 or a few more, 64 from width 512, 128 from 2048.
+    The pattern with MAD's settings, which are for width 128, at another width: experts' widths and
+    Mamba's rank grow with it, and heads keep theirs, 8 or 16; attention's have 16 or a few more, 64
+    from width 512, 128 from 2048.
     """
     def sized(name):
         cls, settings = LAYERS[name]
@@ -1158,8 +1160,8 @@ def at_width(pattern, width):
 
 def choose_shapes(low, high, count, period, limits):
     """
-    `count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`. Where few
-    lie there, some of beyond are taken, and that is said; but none beyond the limits.
+    `count` shapes, evenly from `low` to `high` parameters, depth a multiple of `period`. Where too
+    few lie there, some beyond are taken, which is said, but none beyond the limits.
     """
     size = lambda shape: 12 * shape[1] * shape[0] ** 2
     shapes = {(width, -(-blocks // period) * period) for width, blocks in SHAPES}
@@ -1191,14 +1193,13 @@ def price(pattern, width, context, vocab_size):
 def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parameter=20.0,
                  seed=0, reach=4, limits=(0, np.inf)):
     """
-    The runs of a sweep, a dict each, budget by budget; those of fewer than 50 steps are left out.
+    The runs of a sweep, a dict each, budget by budget; and those left out, of fewer than 50 steps.
 
     Sizes: from N* / reach to reach N*, within limits, N* = sqrt(C / (6 tokens_per_parameter)), the
     same shapes for all architectures. That ratio is about 20 at scale (Hoffmann et al. 2022), and
-    more in small runs, which are short of steps: 77 for the transformer on bytes at 1e12 FLOPs
-    (results/sweep-fit.txt).
-    Steps: what the budget buys by the model's own count of FLOPs, unembedding included. Learning
-    rate: 0.003 at width 64, falling with its square root, untuned. Returns runs, left out.
+    more in small runs, short of steps: 77 for the transformer on bytes at 1e12 FLOPs
+    (results/sweep-fit.txt). Steps: what the budget buys by the model's own count of FLOPs,
+    unembedding included. Learning rate: 0.003 at width 64, falling with its square root, untuned.
     """
     families = {arch: family(arch) for arch in archs}
     period = int(np.lcm.reduce([2, *(blocks for _, blocks in families.values())]))
@@ -1220,15 +1221,15 @@ def isoflop_runs(archs, budgets, context, vocab_size, sizes=7, tokens_per_parame
     return [[r for r in runs if (r["steps"] >= LEAST_STEPS) == kept] for kept in (True, False)]
 
 
-def configuration(run, out, data, tokenizer, context):
+def configuration(run, args):
     """The run for train.py: 5% warmup, cosine to a tenth, AdamW (0.9, 0.95), decay 0.1, clip 1."""
     budget = f"{run['budget']:.4g}".replace("+", "")
     name = f"{run['arch']}_{budget}_{run['width']}x{run['depth']}_seed{run['seed']}"
     return train.TrainConfig(
-        task="text", layers=run["pattern"], dim=run["width"], context=context, name=name, out=out,
-        batch_size=run["batch"], steps=run["steps"], lr=run["lr"], min_lr=run["lr"] / 10,
-        warmup=max(1, run["steps"] // 20), clip=1.0, beta2=0.95, weight_decay=0.1, data=data,
-        tokenizer=tokenizer, eval_every=run["steps"], seed=run["seed"])
+        task="text", name=name, out=args.out, data=args.data, tokenizer=args.tokenizer,
+        layers=run["pattern"], dim=run["width"], context=args.context, batch_size=run["batch"],
+        steps=run["steps"], warmup=max(1, run["steps"] // 20), lr=run["lr"], min_lr=run["lr"] / 10,
+        clip=1.0, beta2=0.95, weight_decay=0.1, eval_every=run["steps"], seed=run["seed"])
 
 
 CSV_COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr "
@@ -1237,18 +1238,13 @@ KEY = ("arch", "budget", "width", "depth", "seed")       # what tells runs apart
 
 
 def write_runs(path, runs, earlier):
-    """The CSV anew: `runs`, after the rows of earlier sweeps that are not of the same runs."""
-    done = {tuple(str(run[k]) for k in KEY) for run in runs}
+    """The CSV anew: the rows of earlier sweeps, and `runs`, in place of earlier rows of theirs."""
+    rows = {tuple(str(row[k]) for k in KEY): row for row in [*earlier, *runs]}
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows([row for row in earlier if tuple(row[k] for k in KEY) not in done] + runs)
+    writer.writerows(rows.values())
     train.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def epochs(run, result):
-    """How often the run has read its corpus."""
-    return result and round(run["D"] / result["corpus"]["training_tokens"], 4) or None
 
 
 def sweep(runs, configs, path):
@@ -1262,12 +1258,13 @@ def sweep(runs, configs, path):
             bar.set_description(config.name)
             try:
                 result = train.train(config, say=None)
+                run |= dict(loss=result["val_loss"], bits_per_byte=result["bits_per_byte"],
+                            seconds=result["wall_s"],
+                            epochs=round(run["D"] / result["corpus"]["training_tokens"], 4))
             except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
                 bar.write(f"failed: {config.name}: {' '.join(str(error).split())[:300]}",
                           file=sys.stderr)
-                result, failed = {}, failed + 1
-            run |= dict(loss=result.get("val_loss"), bits_per_byte=result.get("bits_per_byte"),
-                        seconds=result.get("wall_s"), epochs=epochs(run, result))
+                failed += 1
             write_runs(path, runs[:i], earlier)
             bar.update(run["C"])
     return failed
@@ -1288,25 +1285,24 @@ def memory(run, context, vocab_size):
     return (16 * run["N_total"] + activations + 10 * context * vocab_size) / 1e9
 
 
-def show_plan(runs, context, vocab_size, card, utilisation):
-    """The plan as lines of text."""
-    peak, room = train.CARDS[card]
-    hours = lambda C: C / (peak * utilisation) / 3600
-    lines = [f"{'architecture':<22}{'budget':>8}{'width':>7}{'blocks':>7}{'N, M':>9}{'all, M':>9}"
-             f"{'tokens, B':>11}{'batch':>7}{'steps':>9}{'FLOPs':>11}{'GB':>7}{'hours':>8}"]
+def run_plan(args):
+    runs, vocab_size = runs_of(args, reach=9, limits=PAPER_SIZES), tasks.vocab_size(args.tokenizer)
+    peak, room = train.CARDS[args.card]
+    hours = lambda C: C / (peak * args.utilisation) / 3600
+    print(f"{'architecture':<22}{'budget':>8}{'width':>7}{'blocks':>7}{'N, M':>9}{'all, M':>9}"
+          f"{'tokens, B':>11}{'batch':>7}{'steps':>9}{'FLOPs':>11}{'GB':>7}{'hours':>8}")
     for r in runs:
-        GB = memory(r, context, vocab_size)
-        lines.append(f"{r['arch']:<22}{r['budget']:>8.0e}{r['width']:>7}{r['depth']:>7}"
-                     f"{r['N'] / 1e6:>9,.1f}{r['N_total'] / 1e6:>9,.1f}{r['D'] / 1e9:>11,.2f}"
-                     f"{r['batch']:>7,}{r['steps']:>9,}{r['C']:>11.3e}"
-                     f"{GB:>6,.1f}{'!' if GB > room else ' '}{hours(r['C']):>8,.1f}")
+        GB = memory(r, args.context, vocab_size)
+        print(f"{r['arch']:<22}{r['budget']:>8.0e}{r['width']:>7}{r['depth']:>7}"
+              f"{r['N'] / 1e6:>9,.1f}{r['N_total'] / 1e6:>9,.1f}{r['D'] / 1e9:>11,.2f}"
+              f"{r['batch']:>7,}{r['steps']:>9,}{r['C']:>11.3e}"
+              f"{GB:>6,.1f}{'!' if GB > room else ' '}{hours(r['C']):>8,.1f}")
     whole = sum(r["C"] for r in runs)
-    return "\n".join(lines + [
-        f"{len(runs)} runs, {whole:.3e} FLOPs, {hours(whole):,.0f} hours of one {card} at "
-        f"{100 * utilisation:g}% of {peak / 1e12:g} TFLOP/s (a guess: measure yours)",
-        f"context {context}, vocabulary {vocab_size:,}; N without embeddings; batch: sequences a "
-        f"step; GB: one sequence at a time, ! = more than the {room} GB of one {card}",
-        "batch in tokens from 4e18 on: the paper's as recalled, not checked"])
+    print(f"{len(runs)} runs, {whole:.3e} FLOPs, {hours(whole):,.0f} hours of one {args.card} at "
+          f"{100 * args.utilisation:g}% of {peak / 1e12:g} TFLOP/s (a guess: measure yours)\n"
+          f"context {args.context}, vocabulary {vocab_size:,}; N without embeddings; batch: "
+          f"sequences a step; GB: one sequence at a time, ! = more than the {room} GB of one "
+          f"{args.card}\nbatch in tokens from 4e18 on: the paper's as recalled, not checked")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1314,26 +1310,27 @@ def show_plan(runs, context, vocab_size, card, utilisation):
 
 
 def run_fit(args):
-    archs, options = read_runs(args.runs), (args.target, args.bootstrap)
+    archs = read_runs(args.runs)
+    options = dict(target=args.target, bootstrap=args.bootstrap, above=args.hold_out)
     # A seed each: resamples of two architectures must not be drawn alike.
-    results = {arch: analyse(runs, *options, args.seed + i, args.hold_out)
+    results = {arch: analyse(runs, seed=args.seed + i, **options)
                for i, (arch, runs) in enumerate(archs.items())}
-    whole = (analyse(pool(archs), *options, args.seed, args.hold_out) if len(archs) > 1 else
-             next(iter(results.values())))
-    fits = {a: r["isoflop"] for a, r in results.items() if isinstance(r["isoflop"], IsoflopFit)}
-    out = dict(archs=results, state_law=attempt(state_law, fits))
-    every = [r[m] for r in (whole, *results.values()) for m in METHODS]
-    if all(isinstance(fit, dict) for fit in every):
-        raise FitError("; ".join(f"{m}: {whole[m]['refused']}" for m in METHODS))
+    whole, shown = next(iter(results.values())), results
     if len(archs) > 1:
-        whole["flags"] = [f"{len(archs)} architectures pooled as if they were one: see archs"]
+        whole = analyse(pool(archs), seed=args.seed, **options)
+        whole.setdefault("flags", []).append(
+            f"{len(archs)} architectures pooled as if they were one: see archs")
+        shown = results | {"all together": whole}
+    if not any(isinstance(r[m], Fit) for r in shown.values() for m in METHODS):
+        raise FitError("; ".join(f"{m}: {whole[m]['refused']}" for m in METHODS))
+    fits = {a: r["isoflop"] for a, r in results.items() if isinstance(r["isoflop"], IsoflopFit)}
+    last = dict(state_law=attempt(state_law, fits))
     if args.draws:
         np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in results.items() for m in METHODS
                                 if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
     if args.json:
-        return print(json.dumps(plain(whole | out), allow_nan=False))
-    results |= {"all together": whole} if len(archs) > 1 else {}
-    for name, value in plain(results | dict(state_law=out["state_law"])).items():
+        return print(json.dumps(plain(whole | dict(archs=results) | last), allow_nan=False))
+    for name, value in plain(shown | last).items():
         print("\n".join(report(name, value)), end="\n\n")
 
 
@@ -1346,22 +1343,25 @@ def run_compare(args):
     print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(report("budget", rows)))
 
 
-def run_table(args):
-    print(mad_table(read_records(args.mad)))
-
-
-def run_plot(args):
-    plot(read_runs(args.runs), args.out, args.mad and read_scores(args.mad))
+def runs_of(args, **options):
+    """The runs that a sweep or plan asks for; those left out are said."""
+    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context,
+                                  tasks.vocab_size(args.tokenizer), args.sizes,
+                                  args.tokens_per_parameter, **options)
+    for run in left_out:
+        print(f"left out: {run['arch']} of {run['N']:,} parameters: {run['budget']:g} FLOPs buy "
+              f"{run['steps']} steps, fewer than {LEAST_STEPS}")
+    if not runs:
+        raise FitError(f"these budgets buy no run of {LEAST_STEPS} steps: raise them")
+    return runs
 
 
 def run_sweep(args):
-    vocab_size = tasks.vocab_size(args.tokenizer)
-    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
-                                  args.tokens_per_parameter, args.seed)
-    say_left_out(left_out, runs)
+    if train.torchrun_place()[1] > 1:
+        raise ValueError("a sweep is one process: start it with python, not with torchrun")
+    runs = runs_of(args, seed=args.seed)
     tasks.load_tokens(args.data, args.tokenizer)                     # tokenised once, or refused
-    configs = [configuration(run, args.out, args.data, args.tokenizer, args.context)
-               for run in runs]
+    configs = [configuration(run, args) for run in runs]
     for config in configs:
         train.find_folder(config)                                    # no folder holds another run
     path = Path(args.out) / "runs.csv"
@@ -1372,27 +1372,11 @@ def run_sweep(args):
         why, number = stop.args or ("stopped at once", 2)
         print(f"{why}; finished runs, if any, are in {path}", file=sys.stderr)
         return 128 + number
-    again = max(run["epochs"] or 0 for run in runs)
+    again = max(run.get("epochs", 0) for run in runs)                # times they read the corpus
     print(f"{len(runs) - failed} of {len(runs)} runs are in {path}"
           + f"; some read their corpus up to {again:.1f} times" * (again > 1)
           + f"\nnext: python scaling.py fit {path}")
     return 1 if failed else 0
-
-
-def say_left_out(runs, others):
-    for run in runs:
-        print(f"left out: {run['arch']} of {run['N']:,} parameters: {run['budget']:g} FLOPs buy "
-              f"{run['steps']} steps, fewer than {LEAST_STEPS}")
-    if not others:
-        raise FitError(f"these budgets buy no run of {LEAST_STEPS} steps: raise them")
-
-
-def run_plan(args):
-    vocab_size = tasks.vocab_size(args.tokenizer)
-    runs, left_out = isoflop_runs(args.archs, args.budgets, args.context, vocab_size, args.sizes,
-                                  args.tokens_per_parameter, reach=9, limits=PAPER_SIZES)
-    say_left_out(left_out, runs)
-    print(show_plan(runs, args.context, vocab_size, args.card, args.utilisation))
 
 
 def above(low, kind=int):
@@ -1420,13 +1404,11 @@ def _command(commands, name, run, text, epilog=None):
     return command.add_argument
 
 
-ARCHS_HELP = ("An architecture is a name from python model.py, or MIXER@PERCENT: mh-hyena@25 has "
-              "attention in 25% of its blocks (0, 8.3, 25, 50 or 100). All architectures of one "
-              "sweep have the same widths and depths.")
-
-
-def _isoflop_options(add, budgets, context, tokenizer, ratio):
-    """What sweep and plan have in common."""
+def _isoflop_command(commands, name, run, text, budgets, context, tokenizer, ratio):
+    """sweep or plan, with the options that both have."""
+    add = _command(commands, name, run, text, "An architecture is a name from python model.py, or "
+                   "MIXER@PERCENT: mh-hyena@25 has attention in 25% of its blocks (0, 8.3, 25, 50 "
+                   "or 100). All architectures of one sweep have the same widths and depths.")
     add("--archs", type=listed(str), default=["transformer", "hybrid"], metavar="A,B",
         help="architectures, with commas between (default transformer,hybrid)")
     add("--budgets", type=listed(above(0, float)), default=budgets, metavar="C,C",
@@ -1436,19 +1418,19 @@ def _isoflop_options(add, budgets, context, tokenizer, ratio):
         help=f"at the middle size of a group; moves all sizes (default {ratio})")
     add("--context", type=above(0), default=context, help=f"tokens a sequence (default {context})")
     add("--tokenizer", default=tokenizer, help=f"bytes or tiktoken's (default {tokenizer})")
+    return add
 
 
 def _sweep_commands(commands):
-    add = _command(commands, "sweep", run_sweep, "train IsoFLOP groups into a CSV for fit; started "
-                   "again it goes on where it was stopped", ARCHS_HELP)
-    _isoflop_options(add, "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
+    add = _isoflop_command(commands, "sweep", run_sweep, "train IsoFLOP groups into a CSV for fit; "
+                           "started again it goes on where it was stopped",
+                           "1e12,3e12,1e13,3e13", 128, "bytes", 60.0)
     add("--data", help="as in train.py (default: Python's standard library)")
     add("--seed", type=above(-1), default=0, help="of parameters and data (default 0)")
     add("--out", default="out/sweep", help="folder of the runs' folders and of runs.csv, where "
         "rows of other runs stay (default out/sweep)")
-    add = _command(commands, "plan", run_plan, "price IsoFLOP groups instead of training them",
-                   ARCHS_HELP)
-    _isoflop_options(add, "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
+    add = _isoflop_command(commands, "plan", run_plan, "price IsoFLOP groups instead of training "
+                           "them", "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
     add("--card", choices=train.CARDS, default="H100", help="one of them (default H100)")
     add("--utilisation", type=above(0, float), default=0.4,
         help="of its peak in bfloat16, a guess until measured (default 0.4)")

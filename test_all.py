@@ -1406,6 +1406,17 @@ def test_fit_reports_every_architecture(runs_csv, says, few_starts):
         assert word in text
 
 
+def test_fit_reports_rows_it_dropped(runs_csv, tmp_path, says, few_starts):
+    head, first, second, *rest = runs_csv.read_text().splitlines()
+    (path := tmp_path / "runs.csv").write_text("\n".join([
+        head, first.replace(first.split(",")[2], ""), "-" + second, *rest]))
+    flags = [f"1 rows dropped: {c} is missing, infinite or not positive" for c in ("N", "loss")]
+    out = json.loads(says("fit", path, "--bootstrap", 20, "--json").out)
+    assert out["archs"]["one"]["flags"] == flags == out["flags"][:2]
+    assert {f"  ! {flag}" for flag in flags} <= set(scaling.report("one", out["archs"]["one"]))
+    assert "pooled" in out["flags"][2] and "flags" not in out["archs"]["two"]
+
+
 def test_compare_ranks_architectures(runs_csv, says):
     args = ["compare", "--mad", runs_csv.with_name("mad.csv"), "--runs", runs_csv]
     rows = json.loads(says(*args, "--json").out)
@@ -1639,6 +1650,12 @@ def test_two_sweeps_do_not_share_a_csv(trained, tmp_path, says):
         error = says(*SWEEP, "--out", tmp_path / "out", status=2).err
     assert re.search("in use by another process.*choose another --out", error)
     assert not trained.configs
+
+
+def test_a_sweep_under_torchrun_is_refused(trained, tmp_path, says, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = says(*SWEEP, "--out", tmp_path, status=2).err
+    assert "not with torchrun" in error and error.count("\n") == 1 and not trained.configs
 
 
 def test_scaling_as_a_program_and_its_help(runs_csv, says):
