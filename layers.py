@@ -1594,14 +1594,17 @@ def fastest_dtype(device):
                (torch.float32, "this GPU has no bfloat16 units")
     if device == "mps":
         return torch.float32, "not measured to be slower than bfloat16 on Apple GPUs"
-    x, w = torch.randn(4096, 128), torch.randn(128, 512)
-    x16, w16 = x.bfloat16(), w.bfloat16()
-    # By turns, so that a busy moment of the machine does not decide.
-    pairs = [(seconds(lambda: x @ w), seconds(lambda: x16 @ w16)) for _ in range(5)]
-    slow, fast = map(min, zip(*pairs))
-    gain = slow / fast
+    x, w = torch.randn(1024, 128), torch.randn(128, 512)
+    x16, w16, of_32, of_16 = x.bfloat16(), w.bfloat16(), math.inf, math.inf
+    for _ in range(10):              # by turns, so that a busy moment of the machine doesn't decide
+        of_32 = min(of_32, seconds(lambda: x @ w, repeat=2))
+        of_16 = min(of_16, seconds(lambda: x16 @ w16, repeat=2))
+        if of_16 > 5 * of_32:        # no units for it: 100 times as slow, and not worth the seconds
+            break
+    gain = of_32 / of_16
+    ratio = f"{gain:.1f} times as fast as" if gain > 0.95 else f"{1 / gain:.1f} times as slow as"
     return (torch.bfloat16 if gain > 1.2 else torch.float32,
-            f"a product in bfloat16 is measured {gain:.1f} times as fast as in float32")
+            f"a product in bfloat16 is measured {ratio} in float32")
 
 
 def peak_memory(f, device):
