@@ -900,7 +900,7 @@ def test_readme_shows_what_is_recorded():
     assert {row[0] for row in table} == set(LAYERS)
     for name, state, flops, units, faster, power, power_long, memory, memory_compiled in table:
         layer = layers.build_layer(name, 128, 1024)
-        assert f"{layer.flops(1024) / 1024e6:.3f}" == flops == eager[name][7], name
+        assert f"{layer.flops(1024) / 1024e6:.3f}" == flops, name
         grows = 2 * 128 * 1024 if state == "2·128 T" else 0
         assert layer.nominal(1024) == (grows or int(state.replace(",", ""))), name
         assert [units, power, memory] == eager[name][2:5] and power_long == long[name][3]
