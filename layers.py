@@ -1586,6 +1586,7 @@ def seconds(f, device="cpu", repeat=5):
     return best
 
 
+@functools.cache                    # so that runs of one process choose alike
 def fastest_dtype(device):
     """torch.bfloat16 or torch.float32 for matrix products on this device, and why."""
     if device == "cuda":

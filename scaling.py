@@ -12,17 +12,21 @@ letters (in the other files some mean other things):
   C  training FLOPs, 6ND by default M  total state               L = E + A/N^alpha + B/D^beta
   *  at the best size for a budget  S  problems solved together (resamples, starting points)
 
-Three ways to the optimum, since each fails in its own manner:
+Sweeps and plans leave embeddings out of N, but the unembedding's products are in C.
+
+Three ways to the optimum, which fail in different manners:
 
   isoflop              A parabola of L in log N at each budget; its minimum is the optimum
                        (approach 2 of Hoffmann et al. 2022, arXiv 2203.15556). Assumes no law,
                        but is biased: a loss curve is lopsided (arXiv 2603.22339; `parabola_bias`).
-  parametric           The law above by Huber loss on log L (their approach 3). Bears outliers.
+  parametric           The law above by Huber loss on log L (their approach 3). Bears outliers, but
+                       may end in a local optimum: it is started 4,500 times.
   variable_projection  The law above by least squares on L: E, A and B are solved exactly inside,
-                       only alpha and beta are searched (Golub and Pereyra 1973).
+                       only alpha and beta are searched (Golub and Pereyra 1973). An outlier bends
+                       it.
 
-Intervals are 95% bootstrap percentiles over resampled runs. What the runs cannot tell is refused
-(FitError) or flagged: read the flags before the numbers.
+Intervals are 95% bootstrap percentiles over resampled runs, those without an optimum left out. What
+the runs cannot tell is refused (FitError) or flagged: read the flags before the numbers.
 
   python scaling.py sweep --budgets 1e12,3e12,1e13,3e13    trains such runs into out/sweep/runs.csv
   python scaling.py sweep --archs mh-hyena@0,mh-hyena@25   ratios of attention, at the same shapes
@@ -96,7 +100,8 @@ def clean(N, D, loss, C=None, state=None):
     C = 6 * N * D if C is None and N.shape == D.shape else np.asarray(C, np.float64)
     state = N * np.nan if state is None else np.asarray(state, np.float64)
     if N.ndim != 1 or not N.shape == D.shape == loss.shape == C.shape == state.shape:
-        raise FitError(f"N {N.shape}, D {D.shape}, loss {loss.shape} must be columns of one length")
+        raise FitError(f"N {N.shape}, D {D.shape}, loss {loss.shape}, C {C.shape}, state "
+                       f"{state.shape} must be columns of one length")
     keep, dropped = np.ones(len(N), bool), {}
     for name, v in dict(N=N, D=D, loss=loss, C=C).items():
         bad = keep & ~(np.isfinite(v) & (v > 0))
@@ -108,12 +113,12 @@ def clean(N, D, loss, C=None, state=None):
 
 
 def distinct(values):
-    """Number of different values; those within about 1% of each other are one."""
+    """Number of different values after rounding to 1%."""
     return len(np.unique(np.round(100 * np.log(values))))
 
 
 def dropped_flags(runs):
-    return [f"{k} rows dropped: {name} is missing, infinite or not positive"
+    return [f"{k} of the rows dropped: {name} is missing, infinite or not positive"
             for name, k in runs.dropped.items()]
 
 
@@ -121,7 +126,8 @@ def data_flags(runs):
     flags = dropped_flags(runs)
     twins = len(runs.N) - np.unique([runs.N, runs.D, runs.loss], axis=1).shape[1]
     if twins:
-        flags.append(f"{twins} rows repeat another exactly: they count twice, intervals too narrow")
+        flags.append(f"{twins} of the rows repeat another exactly: they count twice, and intervals "
+                     f"are too narrow")
     ratio = runs.C / (6 * runs.N * runs.D)
     if np.abs(ratio - 1).max() > 1e-3:
         flags.append(f"C is {ratio.min():.3g} to {ratio.max():.3g} times 6ND: a + b need not be 1")
@@ -233,7 +239,8 @@ def rank_correlation(x, y, permutations=9999, seed=0):
     Spearman's correlation of x and y, (n,) each, with a permutation p-value.
 
     Up to n = 8 every ordering is counted. Beyond, random ones and the observed one (the + 1), so
-    that p is never 0. Raises FitError for columns of two lengths or values not finite.
+    that p is never 0 (Phipson & Smyth 2010). Raises FitError for columns of two lengths or values
+    not finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.shape != y.shape or x.ndim != 1 or not np.isfinite([x, y]).all():
@@ -307,7 +314,7 @@ def parabola(runs, w):
     logN = middle + half * top
     optima = dict(logN=logN, logD=np.log(runs.C).mean() - logk - logN, loss=loss, logM=logM,
                   curvature=q[:, 2, 0] / half ** 2)                  # nats per (ln N)^2
-    ok = (left >= 3) & bent & (np.abs(top) < 1)
+    ok = (left >= 3) & bent & (np.abs(top) < 1)                      # else it has no optimum
     why = ("" if ok[0] else f"{left[0]} different sizes, a parabola needs 3" if left[0] < 3 else
            "curvature not positive, no minimum" if not bent[0] else "all runs on one side of the "
            f"optimum, which lies {'below' if top[0] < 0 else 'above'} the sampled sizes")
@@ -374,7 +381,7 @@ def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, see
         why = [f"{p['C']:.3g} FLOPs: {p['flag']}" for p in table[:4] if p["flag"]]
         raise FitError("; ".join([f"power laws need two budgets with a usable optimum, here "
                                   f"{len(used)} of {len(table)}"] + why))
-    flags = data_flags(runs) + isoflop_flags(table, used, runs.C, label)
+    flags = data_flags(runs) + isoflop_flags(table, used, runs.C, label, bootstrap)
     C = target or budgets[-1]
     ok = np.isfinite(optima["loss"]).astype(float)                   # (1 + bootstrap, budgets)
     logC = np.broadcast_to(np.log(budgets), ok.shape)
@@ -389,8 +396,11 @@ def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, see
                       logs={k: (i[0], s[0]) for k, (i, s) in logs.items()})
 
 
-def isoflop_flags(table, used, C, label):
+def isoflop_flags(table, used, C, label, bootstrap):
     flags = [f"budget {p['C']:.3g} left out: {p['flag']}" for p in table if p["flag"]]
+    flags += [f"budget {p['C']:.3g}: {p['failed']} of {bootstrap} resamples have no optimum, its "
+              f"intervals are too narrow" for p in table
+              if not p["flag"] and p["failed"] > 0.2 * bootstrap]    # (a tenth draw too few sizes)
     if len(used) == 2:
         flags.append("two budgets: the power laws pass through both, nothing checks them")
     spread = max(np.ptp(np.log(C[label == g])) for g in set(label))
@@ -405,7 +415,7 @@ def isoflop_flags(table, used, C, label):
 
 def minimise(objective, theta, w, tol=1e-10):
     """
-    Levenberg-Marquardt on S problems together, each with its own damping.
+    Levenberg-Marquardt (Marquardt 1963) on S problems together, each with its own damping.
 
     objective(theta (S, P), w (S or 1, n)) -> value (S,), gradient (S, P), curvature (S, P, P). A
     problem leaves after two steps that gain less than tol of its value, when no step gains, or
@@ -451,6 +461,7 @@ SAME = TERM[:, None] == TERM                                         # (5, 5)
 
 
 def huber(r):
+    """r^2 / 2 up to HUBER, and linear beyond, so that an outlier pulls no harder than HUBER."""
     small = np.minimum(np.abs(r), HUBER)
     return small * (np.abs(r) - small / 2)
 
@@ -459,7 +470,7 @@ class Huber:
     """
     The objective sum_i w_i huber(r_i),   r = logsumexp(a - alpha x, b - beta y, e) - log L
 
-    The sum, not the mean, as in published fits. Hoffmann et al. 2022, equation 3.
+    Losses are summed, not averaged. Hoffmann et al. 2022, equation 3.
     """
     # Resamples start here, relative to the best optimum: a resample may have another one.
     nearby = np.array([[0, 0, 0, 0, 0], [0, 0, -1, -.1, -.1], [0, 0, .1, .2, .2]])
@@ -575,7 +586,8 @@ class Projection(Huber):
 def optimum(law, C, rule=(6.0, 1.0)):
     """
     N*, D*, L* (S,) of laws (S, 5): where the loss is least on C = k N^p D, which is where
-    alpha A / N^alpha = p beta B / D^beta. NaN unless A, B, alpha and beta are positive.
+    alpha A / N^alpha = p beta B / D^beta (p = 1: Hoffmann et al. 2022, equation 4). NaN unless A,
+    B, alpha and beta are positive.
     """
     (E, A, B, alpha, beta), (k, p) = np.where((law[:, 1:] > 0).all(1), law.T, np.nan), rule
     logN = (np.log(alpha * A / (p * beta * B)) + beta * np.log(C / k)) / (alpha + p * beta)
@@ -705,9 +717,10 @@ def law_flags(laws, terms, runs, influence):
     if len(runs.N) < 10:
         flags.append(f"only {len(runs.N)} runs for five parameters")
     for i in influence:
-        if abs(shift := i["without"]["alpha"] - laws[0, 3]) > 0.05:
-            flags.append(f"alpha moves by {shift:+.3f} without the run at N {i['N']:.3g}, "
-                         f"D {i['D']:.3g}")
+        for name, exponent in zip(("alpha", "beta"), laws[0, 3:]):
+            if abs(shift := i["without"][name] - exponent) > 0.05:
+                flags.append(f"{name} moves by {shift:+.3f} without the run at N {i['N']:.3g}, "
+                             f"D {i['D']:.3g}")
     return flags
 
 
@@ -789,11 +802,11 @@ def hold_out(runs, above=None):
     test = label == len(budgets) - 1 if above is None else runs.C >= above
     if test.all() or not test.any():
         raise FitError("hold-out needs runs on both sides of the cut")
-    train, rows = runs.take(~test), []
-    fits = {name: attempt(fit, *train.columns, bootstrap=0) for name, fit in METHODS.items()}
+    fitted, rows = runs.take(~test), []
+    fits = {name: attempt(fit, *fitted.columns, bootstrap=0) for name, fit in METHODS.items()}
     for g, (name, fit) in itertools.product(np.unique(label[test]), fits.items()):
         group, C = runs.take(test & (label == g)), budgets[g]
-        row = dict(method=name, C=C, decades=np.log10(C / train.C.max()))
+        row = dict(method=name, C=C, decades=np.log10(C / fitted.C.max()))
         if isinstance(fit, dict):
             rows.append(row | fit)
             continue
@@ -829,9 +842,11 @@ def compare(scores, archs):
     Rank correlation of MAD scores {arch: score} with compute-optimal losses, a row for each budget
     that three scored architectures share; -1 if a higher score always means a lower loss.
 
-    archs: {arch: Runs}. Where a parabola has no usable minimum, the best run stands in, flagged.
-    Raises FitError where no budget serves.
+    archs: {arch: Runs}. Where a parabola has no usable minimum, the best run stands in, flagged, as
+    are architectures without a score or without runs. Raises FitError where no budget serves.
     """
+    missing = [f"{a}: a score, but no runs" for a in scores if a not in archs]
+    missing += [f"{a}: runs, but no score" for a in archs if a not in scores]
     rows, archs = [], {a: r for a, r in archs.items() if a in scores}
     if len(archs) < 3:
         raise FitError("a rank correlation needs three architectures with both runs and a score, "
@@ -839,7 +854,7 @@ def compare(scores, archs):
     runs, names = pool(archs), np.repeat([*archs], [len(r.C) for r in archs.values()])
     label, budgets = group_budgets(runs.C)
     for g, C in enumerate(budgets):
-        losses, flags = {}, []
+        losses, flags = {}, list(missing)
         for arch in dict.fromkeys(names[label == g].tolist()):
             group = runs.take((label == g) & (names == arch))
             top, why = vertex(group)
@@ -853,8 +868,9 @@ def compare(scores, archs):
     return rows
 
 
-# Published accuracies in %, averaged over classes: rows as printed in arXiv 2406.06484 from the MAD
-# paper, the striped ones read off mad-lab's figure (0.2 points), and the three of MetaLA's rerun.
+# Published accuracies in %, averaged over classes: the MAD paper's as arXiv 2406.06484 prints them
+# (the striped ones read off mad-lab's figure, to about 0.2 points), and three that MetaLA's authors
+# ran again (NeurIPS 2024).
 COLUMNS = ("compression", "fuzzy-in-context-recall", "in-context-recall", "memorization",
            "noisy-in-context-recall", "selective-copying")
 PUBLISHED = {   # arch -> COLUMNS, mean. (Of "GLA" no heads are named; 8 have the common state.)
@@ -1115,10 +1131,10 @@ SHAPES = [(width, blocks) for blocks, widths in {
     12: [352, 384, *range(448, 769, 64)], 16: range(768, 1025, 64),
     24: [960, 1024, *range(1152, 1793, 128), 2048],
     32: [*range(2048, 3073, 256), 3584, 4096]}.items() for width in widths]
-LEAST_STEPS = 50
+LEAST_STEPS = 50                        # below, warmup and noise decide the loss (a choice of ours)
 PAPER_SIZES = (70e6, 7e9)               # parameters of the paper's models; a plan stays within
 ATTENTION = {"0": 0, "8.3": 12, "25": 4, "50": 2, "100": 1}       # % of blocks: one in how many
-# Tokens a step, from a budget on: the paper's, as recalled, not checked.
+# Tokens a step from each budget upwards: the paper's from memory, which nobody has checked.
 BATCHES = {4e18: 2 ** 17, 2e19: 2 ** 18, 8e19: 2 ** 19}
 
 
@@ -1129,14 +1145,17 @@ def batch_tokens(C):
 
 
 def family(arch):
-    """The pattern that "hybrid" or "mh-hyena@25" (25% attention) repeats, and its blocks."""
+    """
+    The pattern that "hybrid" or "mh-hyena@25" (25% attention) repeats, and its blocks. Before @
+    stands an architecture; its first mixer and channel mixer are striped with attention.
+    """
     name, at, percent = arch.partition("@")
     words = find_pattern(name).split()
     if not at:
         return " ".join(words), 2
     if percent not in ATTENTION or words[0] in ("attention", "mh-attention"):
-        raise FitError(f"architecture {arch!r}: write MIXER@PERCENT, a mixer other than attention, "
-                       f"and attention in {', '.join(ATTENTION)}% of the blocks")
+        raise FitError(f"architecture {arch!r}: write NAME@PERCENT, of a mixer other than "
+                       f"attention, and attention in {', '.join(ATTENTION)}% of the blocks")
     every, channel = ATTENTION[percent], words[1] if words[1] == "moe-mlp" else "swiglu"
     striped = words[:2] * (every - 1) + ["mh-attention", channel]
     return (" ".join(striped), every) if every else (" ".join(words[:2]), 1)
@@ -1145,8 +1164,8 @@ def family(arch):
 def at_width(pattern, width):
     """
     The pattern with MAD's settings, which are for width 128, at another width: experts' widths and
-    Mamba's rank grow with it, and heads keep theirs, 8 or 16; attention's have 16 or a few more, 64
-    from width 512, 128 from 2048.
+    Mamba's rank grow with it. Heads keep their width (8 or 16), so their number grows; attention's
+    are about 16 wide, 64 from width 512, 128 from 2048.
     """
     def sized(name):
         cls, settings = LAYERS[name]
@@ -1180,7 +1199,7 @@ def choose_shapes(low, high, count, period, limits):
 
 
 def price(pattern, width, context, vocab_size):
-    """Parameters, state and training FLOPs a token of a model, built without its numbers."""
+    """Parameters, state and training FLOPs a token of a model, which gets no memory for them."""
     with torch.device("meta"):
         model = Model(pattern, vocab_size, width, context)
     count = sum(p.numel() for p in model.parameters())
@@ -1233,7 +1252,7 @@ def configuration(run, args):
 
 
 CSV_COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr "
-               "steps seed epochs").split()
+               "steps seed epochs context tokenizer data").split()
 KEY = ("arch", "budget", "width", "depth", "seed")       # what tells runs apart, as in their names
 
 
@@ -1247,17 +1266,27 @@ def write_runs(path, runs, earlier):
     train.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+def earlier_rows(path, run):
+    """The rows of earlier sweeps. FitError if they are of other text: no law holds for both."""
+    rows = read_csv(path, CSV_COLUMNS) if path.exists() else []
+    for key in ("context", "tokenizer", "data"):
+        if others := {row[key] for row in rows} - {str(run[key])}:
+            raise FitError(f"{path} holds runs of {key} {min(others)}, not {run[key]}: choose "
+                           f"another --out")
+    return rows
+
+
 def sweep(runs, configs, path):
     """
     Train what isn't trained yet; the CSV at `path` is rewritten after every run. A run that fails
     has no loss in it, and is tried again next time. Returns how many failed.
     """
-    earlier, failed = read_csv(path, CSV_COLUMNS) if path.exists() else [], 0
+    earlier, failed = earlier_rows(path, runs[0]), 0
     with tqdm(total=sum(r["C"] for r in runs), unit="FLOP", unit_scale=True) as bar:
         for i, (run, config) in enumerate(zip(runs, configs), 1):
             bar.set_description(config.name)
             try:
-                result = train.train(config, say=None)
+                result = train.train(config, say=None)     # a finished one's at once; or it goes on
                 run |= dict(loss=result["val_loss"], bits_per_byte=result["bits_per_byte"],
                             seconds=result["wall_s"],
                             epochs=round(run["D"] / result["corpus"]["training_tokens"], 4))
@@ -1279,7 +1308,8 @@ def memory(run, context, vocab_size):
     GB to train with one sequence at a time (accumulating the rest): 16 bytes a parameter (float32
     weights, gradients, two moments of Adam); 34 a token, channel and block of activations in
     bfloat16 (Korthikanti et al. 2022, equation 2 without the T x T scores, which a fused attention
-    doesn't keep; for other mixers a guess); 10 a token and word of logits.
+    doesn't keep; for other mixers a guess); 10 a token and word of logits (bfloat16, then float32
+    for the loss and its gradient).
     """
     activations = 34 * context * run["width"] * run["depth"]
     return (16 * run["N_total"] + activations + 10 * context * vocab_size) / 1e9
@@ -1293,7 +1323,7 @@ def run_plan(args):
           f"{'tokens, B':>11}{'batch':>7}{'steps':>9}{'FLOPs':>11}{'GB':>7}{'hours':>8}")
     for r in runs:
         GB = memory(r, args.context, vocab_size)
-        print(f"{r['arch']:<22}{r['budget']:>8.0e}{r['width']:>7}{r['depth']:>7}"
+        print(f"{r['arch']:<22}{r['budget']:>8.3g}{r['width']:>7}{r['depth']:>7}"
               f"{r['N'] / 1e6:>9,.1f}{r['N_total'] / 1e6:>9,.1f}{r['D'] / 1e9:>11,.2f}"
               f"{r['batch']:>7,}{r['steps']:>9,}{r['C']:>11.3e}"
               f"{GB:>6,.1f}{'!' if GB > room else ' '}{hours(r['C']):>8,.1f}")
@@ -1325,22 +1355,23 @@ def run_fit(args):
         raise FitError("; ".join(f"{m}: {whole[m]['refused']}" for m in METHODS))
     fits = {a: r["isoflop"] for a, r in results.items() if isinstance(r["isoflop"], IsoflopFit)}
     last = dict(state_law=attempt(state_law, fits))
-    if args.draws:
-        np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in results.items() for m in METHODS
-                                if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
     if args.json:
-        return print(json.dumps(plain(whole | dict(archs=results) | last), allow_nan=False))
-    for name, value in plain(shown | last).items():
-        print("\n".join(report(name, value)), end="\n\n")
+        print(json.dumps(plain(whole | dict(archs=results) | last), allow_nan=False))
+    else:
+        for name, value in plain(shown | last).items():
+            print("\n".join(report(name, value)), end="\n\n")
+    if args.draws:
+        np.savez(args.draws, **{f"{a}/{m}/{k}": v for a, r in shown.items() for m in METHODS
+                                if isinstance(r[m], Fit) for k, v in r[m].draws.items()})
 
 
 def run_compare(args):
     scores = read_scores(args.mad)
     rows = compare(scores, read_runs(args.runs))
+    print(json.dumps(plain(rows), allow_nan=False) if args.json else
+          "\n".join(report("budget", plain(rows))))
     if args.plot:
         draw([(plot_mad, scores, rows[-1])], args.plot)
-    rows = plain(rows)
-    print(json.dumps(rows, allow_nan=False) if args.json else "\n".join(report("budget", rows)))
 
 
 def runs_of(args, **options):
@@ -1350,7 +1381,7 @@ def runs_of(args, **options):
                                   args.tokens_per_parameter, **options)
     for run in left_out:
         print(f"left out: {run['arch']} of {run['N']:,} parameters: {run['budget']:g} FLOPs buy "
-              f"{run['steps']} steps, fewer than {LEAST_STEPS}")
+              f"{run['steps']} steps, fewer than {LEAST_STEPS}", file=sys.stderr)
     if not runs:
         raise FitError(f"these budgets buy no run of {LEAST_STEPS} steps: raise them")
     return runs
@@ -1359,7 +1390,8 @@ def runs_of(args, **options):
 def run_sweep(args):
     if train.torchrun_place()[1] > 1:
         raise ValueError("a sweep is one process: start it with python, not with torchrun")
-    runs = runs_of(args, seed=args.seed)
+    text = dict(context=args.context, tokenizer=args.tokenizer, data=args.data or tasks.LIBRARY)
+    runs = [run | text for run in runs_of(args, seed=args.seed)]
     tasks.load_tokens(args.data, args.tokenizer)                     # tokenised once, or refused
     configs = [configuration(run, args) for run in runs]
     for config in configs:
@@ -1379,11 +1411,12 @@ def run_sweep(args):
     return 1 if failed else 0
 
 
-def above(low, kind=int):
-    """A type for argparse: a finite number above `low`."""
+def above(low, kind=int, most=sys.float_info.max):
+    """A type for argparse: a number above `low`, `most` at most."""
     def read(text):
-        if not low < (value := kind(text)) < np.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be finite and above {low}")
+        if not low < (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text} must be above {low} and {'at most 1' if most == 1 else 'finite'}")
         return value
     read.__name__ = kind.__name__                                    # in argparse's message
     return read
@@ -1407,7 +1440,7 @@ def _command(commands, name, run, text, epilog=None):
 def _isoflop_command(commands, name, run, text, budgets, context, tokenizer, ratio):
     """sweep or plan, with the options that both have."""
     add = _command(commands, name, run, text, "An architecture is a name from python model.py, or "
-                   "MIXER@PERCENT: mh-hyena@25 has attention in 25% of its blocks (0, 8.3, 25, 50 "
+                   "NAME@PERCENT: mh-hyena@25 has attention in 25% of its blocks (0, 8.3, 25, 50 "
                    "or 100). All architectures of one sweep have the same widths and depths.")
     add("--archs", type=listed(str), default=["transformer", "hybrid"], metavar="A,B",
         help="architectures, with commas between (default transformer,hybrid)")
@@ -1431,8 +1464,8 @@ def _sweep_commands(commands):
         "rows of other runs stay (default out/sweep)")
     add = _isoflop_command(commands, "plan", run_plan, "price IsoFLOP groups instead of training "
                            "them", "4e18,8e18,2e19,4e19,8e19", 2048, "gpt2", 20.0)
-    add("--card", choices=train.CARDS, default="H100", help="one of them (default H100)")
-    add("--utilisation", type=above(0, float), default=0.4,
+    add("--card", choices=train.CARDS, default="H100", help="to price the runs for (default H100)")
+    add("--utilisation", type=above(0, float, 1), default=0.4,
         help="of its peak in bfloat16, a guess until measured (default 0.4)")
 
 

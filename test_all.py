@@ -1195,14 +1195,14 @@ def test_doubtful_runs_are_flagged(few_starts):
     bad = GOOD.copy()
     bad[[0, 9, 11]] = np.nan, np.inf, -1
     N = np.append(N7[:-1], np.nan)                       # bad rows are dropped, and the rest is
-    assert flags_of(projection, N, D7, bad).startswith("1 rows dropped: N is missing")
-    assert "3 rows dropped: loss is missing, infinite" in flags_of(iso, N, D7, bad)
+    assert flags_of(projection, N, D7, bad).startswith("1 of the rows dropped: N is missing")
+    assert "3 of the rows dropped: loss is missing, infinite" in flags_of(iso, N, D7, bad)
     for fit in (iso, projection):                        # fitted as if they were not there
         keep = np.isfinite(N) & np.isfinite(bad) & (bad > 0)
         a, b = (fit(*(c[m] for c in (N, D7, bad)), bootstrap=0) for m in (keep, N7 > 0))
         assert a.a == b.a and a.target == b.target
     twice = [np.append(c, c[:4]) for c in (N7, D7, GOOD)]
-    assert "4 rows repeat another exactly" in flags_of(iso, *twice)
+    assert "4 of the rows repeat another exactly" in flags_of(iso, *twice)
     zero = law(N7, D7, **LAW | dict(E=0.0))
     assert "E is at 0" in flags_of(projection, N7, D7, zero)
     assert "E is at 0" in flags_of(scaling.fit_parametric, N7, D7, zero)
@@ -1410,7 +1410,8 @@ def test_fit_reports_rows_it_dropped(runs_csv, tmp_path, says, few_starts):
     head, first, second, *rest = runs_csv.read_text().splitlines()
     (path := tmp_path / "runs.csv").write_text("\n".join([
         head, first.replace(first.split(",")[2], ""), "-" + second, *rest]))
-    flags = [f"1 rows dropped: {c} is missing, infinite or not positive" for c in ("N", "loss")]
+    flags = [f"1 of the rows dropped: {c} is missing, infinite or not positive"
+             for c in ("N", "loss")]
     out = json.loads(says("fit", path, "--bootstrap", 20, "--json").out)
     assert out["archs"]["one"]["flags"] == flags == out["flags"][:2]
     assert {f"  ! {flag}" for flag in flags} <= set(scaling.report("one", out["archs"]["one"]))
@@ -1422,7 +1423,8 @@ def test_compare_ranks_architectures(runs_csv, says):
     rows = json.loads(says(*args, "--json").out)
     assert [r["rho"] for r in rows] == pytest.approx([-1] * 3) and rows[0]["n"] == 3
     assert rows[0]["p"] == pytest.approx(1 / 3) and rows[-1]["C"] == pytest.approx(1e20)
-    assert rows[0]["loss"]["three"] < rows[0]["loss"]["one"] and rows[0]["flags"] == []
+    assert rows[0]["loss"]["three"] < rows[0]["loss"]["one"]
+    assert rows[0]["flags"] == ["other: a score, but no runs"]
     assert "rho -1" in says(*args).out
 
 
@@ -1551,6 +1553,7 @@ def test_sweep_goes_on_and_loses_nothing(trained, tmp_path, says):
     assert len(losses) == 10 and losses.count("") == 1
     assert scaling.read_runs(path)["hybrid"].dropped == dict(loss=1)
     assert len({c.name for c in trained.configs}) == len(trained.configs) == 9   # each trained once
+    assert "holds runs of context 128, not 64: choose" in says(*args, "--context", 64, status=2).err
     trained.fail.clear()
     says(*args)
     before = read_rows(path)
@@ -1577,7 +1580,7 @@ def test_ratios_of_attention_are_exact_at_the_same_shapes(trained, tmp_path, say
 
 
 def test_runs_of_too_few_steps_are_left_out(trained, tmp_path, says):
-    said = says("sweep", "--budgets", "2e10", "--out", tmp_path).out.splitlines()
+    said = says("sweep", "--budgets", "2e10", "--out", tmp_path).err.splitlines()
     left = [line for line in said if line.startswith("left out: ")]
     assert left and len(left) + len(trained.configs) == 14 and "fewer than 50" in left[0]
     assert min(c.steps for c in trained.configs) >= 50
@@ -1850,10 +1853,10 @@ def test_partial_batches_are_tested_whole():
     ("--arch mamba --layers mlp", "one or the other"), ("--steps 9 --epochs 7", "one or the other"),
     ("--schedule constant --min-lr 1e-5", "min_lr is 1e-05, but a constant"),
     ("--benchmark --dim 64", "option is '--dim'"), ("--benchmark --device tpu9", "--device cpu"),
-    ("--task compression --data sums.txt", "only --task text take")] + [
+    ("--task compression --data sums.txt", "is for --task text only")] + [
     (f"--task text --data sums.txt --dtype float32 {more}", message) for more, message in [
         ("--seq-len 64", "seq_len is 64, but --task text has no use"), ("--vocab-size 9", "no use"),
-        ("--epochs 5", "only the MAD tasks"), ("--early-stop 0.5", "early_stop is 0.5, but"),
+        ("--epochs 5", "for the MAD tasks only"), ("--early-stop 0.5", "early_stop is 0.5, but"),
         ("--context 0", "at least 1"), ("--tokenizer gpt-2", "did you mean gpt2"),
         ("--accumulate 0", "accumulate is 0"), ("--accumulate 3", "multiple of 3"),
         ("--steps 20 --warmup 20", "less than the run's 20"), ("--warmup -1", "warmup is -1"),
@@ -2378,6 +2381,17 @@ def test_a_signal_in_a_runs_last_step_ends_its_grid(tmp_path, monkeypatch):
     assert (train.find_folder(config)[0] / "result.json").exists()
 
 
+def test_a_signal_before_a_fault_ends_its_grid(tmp_path, monkeypatch):
+    def signal_and_fault(run):
+        run.asked_to_stop = signal.SIGTERM
+        raise FloatingPointError("the loss is nan")
+    monkeypatch.setattr(train.Run, "one_step", signal_and_fault)
+    with pytest.raises(train.Interrupted, match="had failed .the loss is nan"):
+        train.train(short(tmp_path), None)
+    with pytest.raises(FloatingPointError):              # on its own, its fault is told
+        train.train(short(tmp_path), quiet)
+
+
 def test_results_of_other_code_are_not_reused(fake, tmp_path, monkeypatch):
     score(mad(tmp_path))
     monkeypatch.setattr(train, "code_version", lambda: "other")
@@ -2429,7 +2443,7 @@ def test_four_processes_share_a_grid(tmp_path):
     assert [e.returncode for e in ends] == [0] * 4, ends
     assert len(noted(tmp_path)) == 24 == len(set(noted(tmp_path)))
     assert "MAD score" in ends[0].stdout and not ends[1].stdout and "24/24" in ends[0].stderr
-    (file,) = (tmp_path / "results" / "mad" / "tiny").iterdir()
+    (file,) = (tmp_path / "out" / "scores" / "tiny").iterdir()
     runs = [r for s in json.loads(file.read_text())["settings"] for r in s["runs"]]
     assert {r["folder"] for r in runs} == set(noted(tmp_path))
     for r in runs:
@@ -2837,7 +2851,7 @@ def test_a_number_that_is_not_finite_ends_the_run(detect, tmp_path, monkeypatch)
 def test_a_damaged_checkpoint_does_not_hide_a_fault(tmp_path):
     run = train.Run(short(tmp_path), tmp_path / "run", quiet)
     (tmp_path / "run" / "ckpt.pt").write_bytes(b"damaged")
-    assert re.search("the loss is nan. The layer is unknown: .*truncated or altered.* Try a lower",
+    assert re.search(r"loss is nan. Its layer is unknown \(.*truncated or altered.* Try a lower",
                      str(run.fault("the loss is nan", 1)))
 
 
@@ -2869,9 +2883,11 @@ def test_a_step_that_is_not_finite_is_skipped_by_option(tmp_path, monkeypatch):
 
 
 def test_too_large_a_step_is_not_saved(tmp_path):
-    for change in (dict(), dict(nonfinite="skip"), dict(eval_every=1, schedule="constant")):
-        refused(r"at step .*\. The first such number is the .* of .*ckpt.pt is from before",
-                train.train, short(tmp_path, lr=1e30, **change), quiet, error=FloatingPointError)
+    first = "It first appeared in the .* of"
+    for change, said in ((dict(), first), (dict(nonfinite="skip"), "No layer had .*ones aside"),
+                         (dict(eval_every=1, schedule="constant"), first)):
+        refused(rf"at step .*\. {said}.*ckpt.pt is from before", train.train,
+                short(tmp_path, lr=1e30, **change), quiet, error=FloatingPointError)
     saved = [train.read_checkpoint(path, "cpu") for path in tmp_path.glob("*/*.pt")]
     assert len(saved) >= 3 and {content["step"] for content in saved} == {0}
     assert all(content["model"]["embed.weight"].abs().max() < 1 for content in saved)

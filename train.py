@@ -72,8 +72,10 @@ from model import (ARCHS, Model, decayed, find_pattern, ledger, parse_pattern, p
 
 def option(default, text, **more):
     """
-    A field of Options. more: its range (low <= value, above < value, value < below) or choices;
-    of: "MAD" or "text", the only tasks
+    A field of Options. more:
+      low, above, below   its range: low <= value, above < value, value < below
+      choices             its values
+      of                  "MAD" or "text", the only tasks
     that read it; how=True: it says how to run, not what, so it is no part of a run's identity.
     """
     return dataclasses.field(default=default, metadata=dict(help=text, **more))
@@ -90,7 +92,9 @@ class Options:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            check_field(f, getattr(self, f.name))
+            check_field(f, value := getattr(self, f.name))
+            if field_type(f) is float and value is not None:
+                setattr(self, f.name, float(value))       # 0 and 0.0 are the same option
 
 
 @dataclass
@@ -247,7 +251,7 @@ TEXT_DEFAULTS = dict(batch_size=32, context=128, steps=2000)      # minutes on t
 
 
 def field_type(f):
-    """int of `int` and of `int | None`."""
+    """The type of a field without its None: int for `int | None`."""
     return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
 
 
@@ -275,8 +279,8 @@ def check_use(f, value, task):
     """An option that this task doesn't read is an error, unless it is left at its default."""
     of = f.metadata.get("of")
     if value != f.default and of and (of == "text") != (task == "text"):
-        raise ValueError(f"{f.name} is {value!r}, but --task {task} has no use for it: "
-                         f"{'only --task text' if of == 'text' else 'only the MAD tasks'} take it")
+        raise ValueError(f"{f.name} is {value!r}, but --task {task} has no use for it: it is for "
+                         f"{'--task text' if of == 'text' else 'the MAD tasks'} only")
 
 
 def safe_name(name):
@@ -331,7 +335,8 @@ def resumed(config):
     strange = set(kept) - {"pattern", "code", "setting", "command"}
     if strange:
         raise ValueError(f"{path} has {min(strange)!r}, which this code doesn't know")
-    return TrainConfig(**{**options, "resume": config.resume, "detect": config.detect})
+    return TrainConfig(**{**options, "resume": config.resume, "detect": config.detect,
+                          "out": str(Path(config.resume).parent)})
 
 
 # =================================================================================================
@@ -458,7 +463,7 @@ class Ranks:
         return self.sum(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.MAX).item()
 
     def check_same(self, what, number):
-        if self.largest(number) != -self.largest(-number):               # the least
+        if self.largest(number) != -self.largest(-number):    # the latter is the least of all
             raise ValueError(f"the processes of this run differ in {what}: on several machines, "
                              f"--data and --out must be the same, shared files")
 
@@ -487,7 +492,7 @@ class TaskData:
     """A MAD task: a fixed training set, shuffled anew each epoch, and a test set."""
 
     def __init__(self, setting, batch_size, seed, device):
-        self.setting, self.seed, self.device = setting, seed, device
+        self.seed, self.device = seed, device
         arrays = [*tasks.generate(setting, setting.num_train, seed, "train"),
                   *tasks.generate(setting, setting.num_test, seed, "test")]
         self.sha256 = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
@@ -509,7 +514,7 @@ class TaskData:
         """(tokens, targets) of a step, (B, T) each: a function of seed and step alone."""
         epoch, i = divmod(step, self.epoch_steps)
         if epoch != self.epoch:
-            # (Larger than any epoch's number: no two seeds share an order.)
+            # (1,000,003 is more than all epochs: each seed and epoch has an order of its own.)
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = to_device(torch.randperm(len(self.train), generator=draw), self.device)
             self.epoch = epoch
@@ -526,7 +531,7 @@ class TaskData:
 
 
 # Windows of text that a test reads during training (15 batches of 32, so that tests take a small
-# part of a run's time) and at its end; a corpus may have fewer.
+# part of a run's time), and 8 times as many at its end; a corpus may have fewer.
 TEST_WINDOWS, LAST_WINDOWS = 480, 3840
 
 
@@ -851,8 +856,8 @@ def check_resumed(config):
 
 def identity(config):
     """
-    All that determines a run's result, for JSON: not where it is written, nor what "auto" became,
-    which another machine may choose otherwise (result.json has it).
+    All that determines a run's result, for JSON: not where it is written. --device, --dtype and
+    --compile count as they were given; what their "auto" became is in result.json.
     """
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                if not f.metadata.get("how") and f.name not in ("out", "name")}
@@ -950,7 +955,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number, _):
-    """At a signal, but while a run trains: that saves first, and raises the same."""
+    """
+    The handler of signals outside of training. While a run trains, Run.asked handles them: the run
+    is saved, then Interrupted is raised.
+    """
     raise Interrupted(None, number)
 
 
@@ -1002,7 +1010,7 @@ LOG_EVERY, SAVE_SECONDS = 10, 30
 
 
 class Shared:
-    """What the runs of a grid share in a process: one model and one compilation per shape."""
+    """What the runs of a grid share in a process: a model of the last shape, and its graphs."""
 
     def __init__(self):
         self.steps = 0                        # roughly what all runs of the shape still have to do
@@ -1037,7 +1045,7 @@ class Run:
         self.skipped, self.watch, self.compiled, self.earlier = 0, None, None, 0.0
         self.choose_machine()
         self.build()
-        if folder is not None:                # the options are known to be good
+        if folder is not None:                # (made now, after `build` has shown the options good)
             self.open()
         self.choose_graph()
 
@@ -1087,34 +1095,44 @@ class Run:
             return
         self.score = plain
         if self.config.detect:                # what was chosen before holds again without --detect
-            return self.say("compile  off: --detect watches layers, and a graph has none")
-
-        def one_step():
-            for part in self.data.parts(self.step):
-                plain(*part)[0].backward()
-            self.optimizer.zero_grad()
+            return self.say("compile  off: --detect watches layers, and a compiled graph has none")
         left = self.shared.steps if self.shared else self.steps - self.step
         wanted = self.config.compile
         if wanted == "auto" and self.compiled is not None:
             reason = "as before this run was stopped"
         else:
-            measured = seconds(one_step, self.device, 1) if wanted == "auto" and left else 0
+            measured = seconds(self.try_step, self.device, 1) if wanted == "auto" and left else 0
             self.compiled, reason = choose_compile(wanted, self.device, left,
                                                    self.ranks.largest(measured))
-        if self.compiled:
-            mode = "max-autotune" if self.config.compile == "max-autotune" else None
-            self.score = torch.compile(plain, dynamic=False, mode=mode)
-            try:
-                self.score(*next(iter(self.data.parts(self.step))))
-            except Exception as error:            # whatever torch.compile, or g++ below it, throws
-                reason = f"failed here ({type(error).__name__}: {first_line(error)})"
-                if wanted != "auto":
-                    raise ValueError(f"compile is {wanted!r}, but compiling {reason}; "
-                                     f"try --compile off") from error
-                self.score, self.compiled = plain, False
+        if self.compiled and self.step < self.steps:
+            reason = self.compile_score(plain) or reason
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
         if self.shared:
             self.shared.graphs[self.dtype] = self.score, self.compiled
+
+    def try_step(self):
+        """Forward and backward of a step, without any effect on the run."""
+        for part in self.data.parts(self.step):
+            self.score(*part)[0].backward()
+        self.optimizer.zero_grad()
+
+    def compile_score(self, plain):
+        """
+        Compiles self.score, and uses it once, since torch compiles only then. Returns why it could
+        not, or None.
+        """
+        wanted = self.config.compile
+        self.score = torch.compile(plain, dynamic=False,
+                                   mode=wanted if wanted == "max-autotune" else None)
+        try:
+            self.try_step()
+        except Exception as error:                # whatever torch.compile, or g++ below it, throws
+            reason = f"failed here ({type(error).__name__}: {first_line(error)})"
+            if wanted != "auto":
+                raise ValueError(f"compile is {wanted!r}, but compiling {reason}; "
+                                 f"try --compile off") from error
+            self.score, self.compiled = plain, False
+            return reason
 
     # -- disk ------------------------------------------------------------------------------------
 
@@ -1186,7 +1204,10 @@ class Run:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.random, self.earlier = content["random"].cpu(), content["wall_s"]
-            self.dtype = getattr(torch, content["dtype"])     # a new measurement might differ
+            dtype = getattr(torch, content["dtype"])          # a new measurement might differ
+            if dtype != self.dtype:
+                self.say(f"dtype    {content['dtype']}: as before this run was stopped")
+            self.dtype = dtype
             for key in self.STATE:
                 setattr(self, key, content[key])
             if content["data_sha256"] != self.data.sha256:
@@ -1242,7 +1263,10 @@ class Run:
     # -- the loop --------------------------------------------------------------------------------
 
     def one_step(self):
-        """A step; nothing in it waits for the device. Returns tokens, loss, gradient's norm."""
+        """
+        A step. Returns tokens, loss, gradient's norm. Nothing in it waits for the device, unless
+        --nonfinite skip must know now.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.steps)
         loss, n = 0.0, self.config.accumulate
@@ -1255,7 +1279,7 @@ class Run:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
-        # (With "stop", what check_steps sees too late is not saved.)
+        # (With "stop" this may spoil the parameters; check_steps raises before they are saved.)
         if self.config.nonfinite == "stop" or math.isfinite(loss + norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -1276,8 +1300,8 @@ class Run:
             seen.append(torch.stack(numbers))
             tokens += count
             bar.update()
-            if self.watch and (found := self.found()):
-                raise self.fault(f"--detect has found {found}", self.step)
+            if self.watch and self.found():
+                raise self.fault("--detect has found an inf or nan", self.step)
         loss, norm = self.check_steps(torch.stack(seen).tolist())
         self.signal = int(self.ranks.largest(self.asked_to_stop)) or None
         took = time.perf_counter() - start
@@ -1294,7 +1318,7 @@ class Run:
     def check_steps(self, numbers):
         """
         numbers: (loss, gradient's norm) of the last steps. Returns those of the last one; a pair
-        that is not finite is a fault, or counted as skipped.
+        with an inf or nan is a fault, or counted as skipped.
         """
         for step, pair in enumerate(numbers, self.step - len(numbers) + 1):
             if all(map(math.isfinite, pair)):
@@ -1349,7 +1373,8 @@ class Run:
                 if self.step == self.steps:
                     self.ended = self.ended or "all steps done"
                 bar.set_postfix(self.shown)
-                if self.ended or self.signal or time.perf_counter() - saved > SAVE_SECONDS:
+                late = self.ranks.largest(time.perf_counter() - saved > SAVE_SECONDS)
+                if self.ended or self.signal or late:
                     self.save()
                     saved = time.perf_counter()
         return self.ended is not None
@@ -1363,33 +1388,37 @@ class Run:
     def fault(self, what, step):
         """A FloatingPointError that says what is wrong, at which step, rate and layer."""
         rate, path = learning_rate(self.config, step - 1, self.steps), self.folder / "ckpt.pt"
-        where = "" if self.watch or not path.exists() else f" {self.find_fault(step)}."
-        kept = f" {path} is from before that." if path.exists() else ""
+        where = self.found() if self.watch else path.exists() and self.find_fault(step)
         return FloatingPointError(
-            f"at step {step}, learning rate {rate:.1e}, {what}.{where}{kept} "
-            f"Try a lower --lr, --clip 1, --dtype float32 or --nonfinite skip")
+            f"at step {step}, learning rate {rate:.1e}, {what}. " + f"{where}. " * bool(where)
+            + f"{path} is from before that. " * path.exists()
+            + "Try a lower --lr, --clip 1, --dtype float32 or --nonfinite skip")
 
     def found(self):
-        """What the watches of this run's processes have found; None if nothing."""
+        """Where the watches of this run's processes saw an inf or nan first; None if nowhere."""
         if self.ranks.largest(self.watch.found is not None):
-            return self.watch.found or "it in another process"
+            return f"It first appeared in {self.watch.found or 'a layer of another process'}"
         return None
 
     def find_fault(self, step):
         """Repeats the steps since the checkpoint, and one more, watching every layer."""
-        try:
+        found, self.watch = None, Watch(self.model)
+        try:                                  # an error here must not take the fault's place
             self.restore(self.folder / "ckpt.pt")
-        except ValueError as error:           # it must not take the fault's place
-            return f"The layer is unknown: {error}"
-        self.say(f"fault    looking for its layer in steps {self.step + 1:,} to {step:,}")
-        torch.set_rng_state(self.random)
-        self.score, self.watch, found = self.plain, Watch(self.model), None    # graphs: no layers
-        while self.step <= step and not found:
-            self.one_step()
-            found = self.found()
-        self.watch.remove()                   # other runs of a grid use this model
-        return (f"The first such number is {found}" if found else
-                "When these steps were repeated, none appeared in any layer")
+            self.say(f"fault    looking for its layer in steps {self.step + 1:,} to {step:,}")
+            torch.set_rng_state(self.random)
+            self.score = self.plain           # a compiled graph has no layers to watch
+            while self.step <= step and not found:
+                _, loss, norm = self.one_step()
+                if self.config.nonfinite == "skip" and not math.isfinite(loss + norm):
+                    self.watch.found = None   # this step was skipped, and did no harm
+                found = self.found()
+        except (ValueError, OSError, RuntimeError) as error:
+            return f"Its layer is unknown ({first_line(error)})"
+        finally:
+            self.watch.remove()               # other runs of a grid use this model
+        return found or ("No layer had an inf or nan when the steps since were repeated"
+                         + " (skipped ones aside)" * (self.config.nonfinite == "skip"))
 
     def result(self):
         """The contents of result.json."""
@@ -1433,7 +1462,14 @@ def train(config, say=print, shared=None):
             return read_object(done) | dict(folder=str(folder))
         run = Run(config, folder, say, shared)
         run.say("\n" + show_ledger(run.model, run.data.length) + "\n")
-        if not run.go():
+        try:
+            whole = run.go()
+        except Exception as error:
+            if run.asked_to_stop and say is None:                 # the grid or sweep must end, too
+                raise Interrupted(f"stopped when {folder} had failed ({first_line(error)})",
+                                  run.asked_to_stop) from error
+            raise
+        if not whole:
             line = (f"stopped at step {run.step:,} of {run.steps:,}, saved in {folder}; the same "
                     f"command goes on from there, or --resume {shlex.quote(str(folder))}")
             raise Interrupted(line if first else None, run.signal)
@@ -1442,7 +1478,7 @@ def train(config, say=print, shared=None):
         result = run.result()
         write_json(done, result)
         (folder / "ckpt.previous.pt").unlink(missing_ok=True)     # the last and the best stay
-    if run.asked_to_stop and say is None:     # in its last step: the grid or sweep must end, too
+    if run.asked_to_stop and say is None:     # in its last step
         raise Interrupted(f"stopped when {folder} had ended", run.asked_to_stop)
     return result | dict(folder=str(folder))
 
@@ -1508,7 +1544,9 @@ PRESETS = {
         lrs=(1e-4, 5e-4, 1e-3), weight_decays=(0.0, 0.1),
         eval_every=50),               # half an epoch of 12,800 sequences, several of a smaller set
     # One setting a task: the baseline, but for memorization, which all architectures solve there.
-    # Tasks are learned in optimizer steps, so a small batch and a high rate cut the cost.
+    # Tasks are learned in optimizer steps, so a small batch and a high rate cut the cost. Recall
+    # lasts until attention learns it (results/transformer-longer.jsonl); the other tasks share what
+    # minutes are left, and some are cut off while they are being learned.
     "quick": Preset(
         settings=((tasks.BASELINES["in-context-recall"], 1600),
                   (tasks.BASELINES["fuzzy-in-context-recall"], 800),
@@ -1538,7 +1576,7 @@ class MadConfig(Common):
     no_skip: bool = option(False, "go on with a setting's runs after one has ended by early_stop")
     select: str = choice("last", "best-loss", text="score a run by its last test or, as in "
                          "mad-lab, by its test of the least loss")
-    results: str = option("results/mad", "folder for the scores")
+    results: str | None = option(None, "folder for the scores (the default: scores in --out)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -1605,6 +1643,7 @@ class Grid:
     def __init__(self, config):
         self.config, self.runs, self.started = config, grid_of(config), time.time()
         self.results = {}
+        self.setting = {run.name: s for s, runs in self.runs.items() for run in runs}
         self.shared = Shared()
         self.look()
         self.reused = len(self.results)
@@ -1620,7 +1659,10 @@ class Grid:
                     self.results[run.name] = read_object(folder_of(run) / "result.json")
 
     def solved(self, setting):
-        """Whether a run of it ended by early_stop: others could add 1 - early_stop at most."""
+        """
+        Whether a run of it ended by early_stop: others could add at most 1 - early_stop of token
+        accuracy.
+        """
         return not self.config.no_skip and any(
             self.results[run.name]["test_accuracy"] >= self.config.early_stop
             for run in self.runs[setting] if run.name in self.results)
@@ -1632,7 +1674,7 @@ class Grid:
         with contextlib.suppress(FileNotFoundError):
             if (folder_of(run) / "error.txt").stat().st_mtime >= self.started:
                 return "failed"
-        return "skipped" if self.solved(run.setting) else "open"
+        return "skipped" if self.solved(self.setting[run.name]) else "open"
 
     def of_fate(self, fate):
         self.look()
@@ -1675,7 +1717,8 @@ class Grid:
 
     def steps_like(self, run):
         """Steps of all open runs of a run's shape."""
-        return sum(planned_steps(r) for r in self.of_fate("open") if shape_of(r) == shape_of(run))
+        shape = shape_of(run)
+        return sum(planned_steps(r) for r in self.of_fate("open") if shape_of(r) == shape)
 
     # -- scores ----------------------------------------------------------------------------------
 
@@ -1718,8 +1761,8 @@ class Grid:
     def counts(self):
         """What became of the runs, and how many results in their folder are of no run of it."""
         count, runs = lambda fate: len(self.of_fate(fate)), self.all_runs()
-        own = {run.name for run in runs}
-        strangers = [p for p in Path(runs[0].out).glob("*/result.json") if p.parent.name not in own]
+        strangers = [p for p in Path(runs[0].out).glob("*/result.json")
+                     if p.parent.name not in self.setting]
         other_code = sum(code_of(p) != code_version() for p in strangers)
         return dict(runs=len(runs), reused=self.reused, trained=count("ended") - self.reused,
                     skipped=count("skipped"), failed=count("failed"), open=count("open"),
@@ -1730,7 +1773,7 @@ def code_of(path):
     """The code that made a result.json; None where it doesn't tell."""
     try:
         return read_object(path)["config"]["code"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, OSError, KeyError, TypeError):
         return None
 
 
@@ -1749,21 +1792,23 @@ def size_of(config):
 
 def record_of(grid, size):
     """The contents of the score's file."""
-    config, preset, results = grid.config, PRESETS[grid.config.preset], list(grid.results.values())
+    config, preset = grid.config, PRESETS[grid.config.preset]
+    counts = grid.counts()                    # looks once more; what follows is of this last look
+    results = list(grid.results.values())
     numbers = {k: v for k, v in dataclasses.asdict(preset).items() if k != "settings"}
     numbers["steps"] = [steps for _, steps in preset.settings]
-    return dict(arch=config.label, preset=config.preset, seed=config.seed, 
-                options=config.score_options,
-                **size, **grid.score(), numbers=numbers, counts=grid.counts(),
-                wall_s=round(sum(r["wall_s"] for r in results), 1), code=code_version(),
-                git=git_hash(), machine=results[0]["machine"] if results else None,
+    return dict(arch=config.label, preset=config.preset, seed=config.seed,
+                options=config.score_options, **size, **grid.score(), numbers=numbers,
+                counts=counts, wall_s=round(sum(r["wall_s"] for r in results), 1),
+                code=code_version(), git=git_hash(),
+                machine=results[0]["machine"] if results else None,
                 versions=results[0]["versions"] if results else None)
 
 
 def record_path(config):
     options = [f"{k.replace('_', '-')}={v}" for k, v in config.score_options.items()]
     name = safe_name("_".join([config.label, f"seed{config.seed}", *options]))
-    return Path(config.results) / config.preset / f"{name}.json"
+    return Path(config.results or Path(config.out) / "scores") / config.preset / f"{name}.json"
 
 
 def why_not_recorded(grid, record):
@@ -1828,7 +1873,10 @@ def work_in_processes(grid, count, show):
 
 
 def work_on(grid, rank, ranks):
-    """All runs: in this process, in workers, or shared by torchrun's. A line if workers died."""
+    """
+    All runs: in this process, in workers, or shared by torchrun's. Returns a line about workers
+    that died, or None.
+    """
     config, runs = grid.config, grid.all_runs()
     done = lambda: len(runs) - len(grid.of_fate("open"))
     with tqdm(total=len(runs), initial=done(), unit="run", dynamic_ncols=True, smoothing=0,
@@ -1947,7 +1995,7 @@ def benchmark(config, steps=20):
     print(f"{device}: {reason}; torch {torch.__version__}\n"
           f"unit: a 1024^3 float32 product, {1e3 * unit():.2f} ms\n\n"
           f"{'model':<28}{'parameters':>12}{'tokens/step':>12}{'ms/step':>9}{'units':>7}"
-          f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'peak MB':>9}  compiled")
+          f"{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}{'step MB':>9}  compiled")
     for title, run_config in benchmark_runs(config, device):
         run = Run(run_config, None, say=None)
 
@@ -1962,12 +2010,14 @@ def benchmark(config, steps=20):
               f"{1e3 * took:>9.1f}{took / now:>7.1f}{tokens / took:>10,.0f}"
               f"{flops / took / 1e9:>9,.0f}{mfu:>7}{memory:>9,.0f}  "
               f"{'yes' if run.compiled else 'no'}", flush=True)
+        del run, some                         # their memory, and their graphs: torch keeps few
+        torch.compiler.reset()
 
 
 @torch.no_grad()
 def benchmark_generation(device, steps=32):
     """A line a model and T: tokens a second of one sequence, and its state, after T tokens."""
-    print(f"\n{'generation, D 128':<28}{'T':>7}{'tokens/s':>10}{'state, kB':>11}")
+    print(f"\n{'generation, D 128, float32':<28}{'T':>7}{'tokens/s':>10}{'state, kB':>11}")
     modal = ARCHS["hybrid"].replace("mh-hyena", "mh-hyena(filter=modal)")
     for arch, pattern in (*((a, ARCHS[a]) for a in ("transformer", "hybrid", "mamba")),
                           ("hybrid, modal filter", modal)):
@@ -1975,8 +2025,9 @@ def benchmark_generation(device, steps=32):
         state, token = model.init_state(1), torch.zeros(1, dtype=torch.long, device=device)
         t = 0
         for T in (128, 1024, 4096):
-            for t in range(t, T):
+            for _ in range(t, T):
                 state = model.step(token, state)[1]
+            t = T
 
             def some(state=state):
                 for _ in range(steps):
