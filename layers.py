@@ -2,9 +2,10 @@
 Every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17844), each on one screen.
 
 Three families mix tokens: softmax attention; long convolutions under a gate; and one gated linear
-recurrence, of which linear attention, GLA, RWKV-5, RWKV-6 and (elementwise) Mamba are special
-cases. Channel mixers stand behind them. The file goes bottom-up: first the fast paths, each beside
-the plain loop that defines it, then the layers, then the table `LAYERS` that names them all.
+recurrence, of which linear attention, GLA, RWKV-5, RWKV-6 and (a channel by itself) Mamba are
+special cases. Channel mixers stand behind them. The file goes bottom-up: first the fast paths that
+layers share, each beside the plain loop that defines it, then the layers, then the table `LAYERS`
+that names them all.
 
   B batch         T time, tokens      D width             H heads
   K key width of a head               V value width of a head
@@ -13,7 +14,8 @@ the plain loop that defines it, then the layers, then the table `LAYERS` that na
 A layer is built as Layer(dim, max_len, **settings); only tables and filters depend on max_len, the
 longest sequence. It has, for T >= 1,
   forward(x)                (B, T, D) -> (B, T, D), causal
-  init_state, step(x, s)    the same, a token at a time: (B, D), state -> (B, D), state
+  init_state, step(x, s)    the same, a token at a time: (B, D), state -> (B, D), state, in the
+                            dtype of the weights (not under autocast)
   flops(T)                  forward FLOPs of one sequence, a multiply-add counting 2
   nominal(T)                its state as the paper counts it; `count_state` counts real tensors
 To add your own: one class, one line in `LAYERS`. Tests, benchmark and --layers then know it.
@@ -64,8 +66,8 @@ def defined_by(reference):
 
     def pair(fast):
         @functools.wraps(fast)
-        def either(*args, **named):         # what the loop has no use for (method) chooses a way
-            if PLAIN:
+        def either(*args, **named):
+            if PLAIN:                 # keywords that the loop lacks, as `method`, choose a way
                 return reference(*args, **{k: v for k, v in named.items() if k in known})
             return fast(*args, **named)
         either.reference = reference
@@ -106,20 +108,21 @@ def fft_length(T):
     return next(n for n in range(max(2, 2 * T - 1), 8 * T) if n % 2 == 0 and smooth(n))
 
 
-# A convolution's spectra and a scan's states are larger than its inputs and outputs. On a CPU they
-# need not leave the cache: one piece of the batch, or stretch of time, is finished before the next.
+# What a convolution or a scan works on is larger than its inputs and outputs. On a CPU it need not
+# leave the cache: one piece of the batch, or stretch of time, is finished before the next. (Only
+# spectra of inputs are kept, for the backward pass.)
 CACHED = 1 << 19                # numbers of one such array in a piece (results/cache-size.txt)
 
 
 def _pieces(u, n):
-    """Slices of the batch of u (B, D, T) whose transforms of length n stay in cache."""
+    """Slices of the batch of u (B, D, T) whose transforms of length n stay in cache, if any do."""
     rows = max(1, CACHED // (u.shape[1] * n)) if u.device.type == "cpu" else len(u)
     return [slice(b, b + rows) for b in range(0, len(u), rows)]
 
 
 # An operator of its own, since torch.compile has no code for complex numbers: it calls this as it
-# is, without a graph break. The spectra are outputs, so that the backward pass can reuse them. (It
-# can be differentiated once, as `selective_scan`.)
+# is, without a graph break. The spectra are outputs, so that the backward pass can reuse them. (As
+# `selective_scan` it has a first derivative, but no second.)
 @torch.library.custom_op("nanomad::fft_conv", mutates_args=())
 def _fft_conv(u: torch.Tensor, h: torch.Tensor
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -188,10 +191,12 @@ def long_conv(u, h, *, method="auto"):
     """
     Causal convolution along T of u (B, T, D) with filters h (D, T'), T' >= T -> (B, T, D). O(T log
     T) as an FFT, O(T^2) as a product with the Toeplitz matrix of h, which autocast takes in bf16.
+    An FFT is causal up to rounding: an output reads later inputs, too, but with weights near 1e-7.
 
     method: "fft", "toeplitz" or "auto": the matrix on a CPU up to T = 64, as `python layers.py
     --break-even` measured; on a GPU, whose matrix units are faster, up to 512 and 1 GB of matrices
-    (not measured yet). Raises ValueError for another method, or for filters shorter than u.
+    (a guess, not measured yet). Raises ValueError for another method, or for filters shorter than
+    u.
     """
     u, h, T = *at_least_float32(u, h), u.shape[1]
     if h.shape[1] < T:
@@ -493,7 +498,7 @@ def gated_linear_scan(q, k, v, log_a=None, u=None, *, chunk=64):
         u (H, K) or None, chunk a power of 2. Returns (B, H, T, V); under autocast its products are
         bf16. Raises ValueError for another chunk.
     """
-    if chunk & (chunk - 1):
+    if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk={chunk}; permitted: a power of 2")
     q, k, v, T = *at_least_float32(q, k, v), q.shape[2]
     C = min(chunk, 1 << (T - 1).bit_length())
@@ -535,7 +540,10 @@ class Layer(nn.Module):
         return self(x[:, None])[:, 0], state
 
     def matmul_flops(self, T):
-        """FLOPs of one sequence's matrix products in the plain loop: here, of every nn.Linear."""
+        """
+        FLOPs of one sequence's matrix products in the plain loop: here, of every nn.Linear. (An
+        implicit filter's, made once a batch, are counted as if the batch were one sequence.)
+        """
         return sum(2 * T * m.in_features * m.out_features for m in self.modules()
                    if isinstance(m, nn.Linear))
 
@@ -584,7 +592,7 @@ def split_heads(x, heads):
 
 
 def merge_heads(x):
-    """(B, H, T, K) -> (B, T, D), in memory with time last, as most of what makes x leaves it."""
+    """(B, H, T, K) -> (B, T, D). Most x lie in memory with time last; so does this, uncopied."""
     return x.mT.flatten(1, 2).mT
 
 
@@ -686,7 +694,10 @@ def row_blocks(T):
 
 
 def windowed_attention(q, k, v, window):
-    """O(T W): blocks of W queries, each looking at its own block of keys and the one before."""
+    """
+    O(T W): blocks of W queries, each looking at its own block of keys and the one before. q comes
+    divided by sqrt(K).
+    """
     T, W = q.shape[2], window
     q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)) for x in (q, k, v))
     k, v = (torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3) for x in (k, v))
@@ -701,9 +712,9 @@ def windowed_attention(q, k, v, window):
 @defined_by(causal_attention_reference)
 def causal_attention(q, k, v, window=None):
     """
-    Attention by torch's fused kernel on GPUs. On CPUs that kernel's backward pass is slow for
-    narrow heads: two matrix products and a softmax there, in row blocks. (Under autocast these
-    round q . k to bf16, which the fused kernel keeps in float32.)
+    Attention by torch's fused kernel on GPUs, unless in a window. On CPUs that kernel's backward
+    pass is slow for narrow heads: two matrix products and a softmax there, in row blocks. (Under
+    autocast these round q . k to bf16, which the fused kernel keeps in float32.)
     """
     T, width = q.shape[2], q.shape[-1]
     if window is not None and window < T:
@@ -721,7 +732,7 @@ def causal_attention(q, k, v, window=None):
 
 
 def rotary_table(position, width):
-    """cos and sin (K/2, T) of the angles t 10000^(-2i/K) (Su et al. 2021)."""
+    """cos and sin (2, K/2, T) of the angles t 10000^(-2i/K) (Su et al. 2021)."""
     half = width // 2
     angle = 10000.0 ** -(torch.arange(half, device=position.device) / half)[:, None] * position
     return torch.stack((angle.cos(), angle.sin()))
@@ -781,7 +792,7 @@ class Attention(Layer):
         return self.out(merge_heads(p @ values))[:, 0], (keys, values, t + 1)
 
     def matmul_flops(self, T):
-        """Plus q . k and p v: 4 D for each pair (t, s) that is looked at."""
+        """The Linears'; and q . k and p v, 4 D for each pair (t, s) that is looked at."""
         W = min(self.window or T, T)
         return super().matmul_flops(T) + 4 * self.dim * (T * W - W * (W - 1) // 2)
 
@@ -799,7 +810,8 @@ class ImplicitFilter(nn.Module):
     """
     h_c(t) = mlp(t, cos, sin)_c * exp(-delta_c t) + d_c [t = 0], t in units of max_len: a sine MLP
     of width `order` under decays spread over the channels (Hyena, Poli et al. 2023, section 3.3).
-    Ours make one turn over max_len; mad-lab's cos and sin change little over it.
+    Here cos and sin make one turn over max_len; in mad-lab they hardly change. The sines' frequency
+    is not learned.
 
     It has no recurrent form: `step` keeps every input, and costs O(t) a token.
     """
@@ -883,7 +895,7 @@ def make_filter(name, channels, max_len, order):
 class Hyena(Layer):
     """
     q, k, v = short_conv(x W_q, x W_k, x W_v);  y = (q * (h conv (k * v))) W_o
-    (Poli et al. 2023, section 3.1, with its two gates.)
+    (Poli et al. 2023, section 3.1, at order 2; as in their code, with one long convolution.)
 
     Args: expand: inner width over D; the `expand` groups of D channels share their projections
         (tied, paper appendix) but have short and long filters of their own. kernel: taps of the
@@ -976,7 +988,7 @@ def toeplitz_attention(q, k, v, h, *, method="auto"):
     method: "mask", (mask * (k q^T))^T v in O(T^2), without an outer product; "fft", a long
     convolution of k_i * v for each of the K key channels i, then y = sum_i q_i * that; or "auto":
     the mask on a CPU up to T = 256, as `python layers.py --break-even` measured (on a GPU up to
-    2048, not measured yet). Raises ValueError for another method.
+    2048, a guess, not measured yet). Raises ValueError for another method.
     """
     check_method(method, "mask", "fft")
     T, v = q.shape[2], v.mT                                                   # (B, H, V, T)
@@ -1000,7 +1012,7 @@ class MultiHeadHyena(Layer):
     Hyena with heads: its gates k * v and q * become k (x) v and q . inside a head, and all channels
     of a head share one filter (Massaroli et al. 2023, Laughing Hyena). That is linear attention
     under a Toeplitz mask. mad-lab passes the number of heads where the width of a head belongs and
-    ties the projections; here 16 heads have width 8 and projections are full.
+    ties the projections; here, at D = 128, 16 heads have width 8, and projections are full.
     """
 
     def __init__(self, dim, max_len, heads=16, kernel=3, order=2, filter="implicit"):
@@ -1056,7 +1068,8 @@ class MultiHeadHyena(Layer):
 #   GLA                a_t from x_t, one a key channel
 #   RWKV-5             a fixed, one a key channel; reads S_{t-1} with a bonus for the present token
 #   RWKV-6             the same with a_t from x_t
-#   Mamba              a_t from x_t and S a row a channel: elementwise
+#   Mamba              a channel is a head with K = N, V = 1: a_t = exp(dt_t A), k_t = dt_t B_t,
+#                      v_t = x_t, q_t = C_t
 # =================================================================================================
 
 
@@ -1107,10 +1120,10 @@ class LinearAttention(GatedLinearRecurrence):
     """
     y_t = sum_s f(q_t) . g(k_s) v_s / sum_s f(q_t) . g(k_s)           (Katharopoulos et al. 2020)
 
-    f and g: softplus(W_1 x) * softplus(W_2 x), learned elementwise products, each with its own W_1
-    and W_2, shared by the heads (1e-6 keeps the denominator from 0). mad-lab has no softplus: its
-    denominator changes sign, and outputs reach 33,000. The denominator is the same recurrence, for
-    one more column of v that is all ones.
+    f and g: softplus(W_1 z) * softplus(W_2 z) of a head's q or k, learned elementwise products,
+    each with its own W_1 and W_2, shared by the heads (1e-6 keeps the denominator from 0). mad-lab
+    has no softplus: its denominator changes sign, and outputs reach 33,000. The denominator is the
+    same recurrence, for one more column of v that is all ones.
     """
 
     extra = 1
@@ -1179,7 +1192,8 @@ class RWKV5(GatedLinearRecurrence):
     """
     Tokens mixed with the one before; a = exp(-exp(w)) a channel, fixed; bonus u for the present
     token; y = (norm(..) * silu(g)) W_o   (Peng et al. 2024, Eagle, section 4.1).  Args: heads H.
-    q is scaled as in GLA. Initial values are simpler than the authors': one ramp, one bonus.
+    Their r is q here, scaled as in GLA, and w is log_rate. `step` carries S and x_{t-1}. Initial
+    values are simpler than the authors': one ramp, one bonus.
     """
 
     shifts, mixes = True, 4
@@ -1187,7 +1201,7 @@ class RWKV5(GatedLinearRecurrence):
     def __init__(self, dim, max_len, heads=8):
         super().__init__(dim, heads)
         ramp = torch.arange(dim) / dim
-        self.mix = nn.Parameter(ramp.repeat(self.mixes, 1))     # share of x_{t-1} in r, k, v, g (w)
+        self.mix = nn.Parameter(ramp.repeat(self.mixes, 1))     # share of x_{t-1} in r, k, v, g, w
         self.r, self.k, self.v, self.g = (linear(dim, dim) for _ in range(4))
         self.log_rate = nn.Parameter(-6 + 5 * ramp)         # half-lives from 280 tokens to 2
         self.bonus = nn.Parameter(torch.full((heads, self.width), 0.5))
@@ -1324,7 +1338,10 @@ class MLP(Layer):
 
 
 class SwiGLU(Layer):
-    """y = (silu(x W_1) * x W_2) W_3 (Shazeer 2020). Inner width 352 as in mad-lab (paper: 512)."""
+    """
+    y = (silu(x W_1) * x W_2) W_3 (Shazeer 2020). Inner width 352 at D = 128, as in mad-lab (the
+    paper: 512).
+    """
 
     def __init__(self, dim, max_len, inner=None):
         super().__init__()
@@ -1352,9 +1369,10 @@ def expert_glu_reference(x, weight, chosen, w_in, w_out):
 @defined_by(expert_glu_reference)
 def expert_glu(x, weight, chosen, w_in, w_out, *, block=128):
     """
-    The same, computing only chosen experts. Tokens are sorted by expert and each expert's share is
-    padded to whole blocks, so that no shape depends on the routing and each block is one product
-    with the weights of the expert that owns it (the layout of MegaBlocks, Gale et al. 2022).
+    The same, computing only chosen experts (and up to E blocks of zeros). Tokens are sorted by
+    expert and each expert's share is padded to whole blocks, so that no shape depends on the
+    routing and each block is one product with the weights of the expert that owns it (the layout of
+    MegaBlocks, Gale et al. 2022).
     """
     (n, D), k, E = x.shape, chosen.shape[1], len(w_in)
     block = max(1, min(block, n * k // E))
@@ -1429,7 +1447,7 @@ class RWKVChannelMixer(Layer):
 # =================================================================================================
 # The table, with MAD's settings at width 128. Two blocks of a mixer with fixed state hold 4096
 # numbers, the paper's common size (of Mamba, four layers do). Those of mh-linear-attention hold
-# 2048; attention, sliding windows and layers of one wide head are not normalised.
+# 2048; the state of attention, sliding windows and layers of one wide head isn't of that size.
 # =================================================================================================
 
 LAYERS = {
@@ -1571,8 +1589,9 @@ def tune_allocator():
     except (OSError, AttributeError):
         return f"left alone: no glibc on {platform.system()}"
     most, trim_threshold, mmap_threshold = 2 ** 31 - 1, -1, -3
-    kept = mallopt(mmap_threshold, most) and mallopt(trim_threshold, most)
-    return "keeps its buffers between steps (glibc mallopt)" if kept else "left alone: refused"
+    kept = (mallopt(trim_threshold, most), mallopt(mmap_threshold, most)
+            or mallopt(mmap_threshold, 32 << 20))         # the most that older versions allow
+    return "keeps its buffers between steps (glibc mallopt)" if all(kept) else "left alone: refused"
 
 
 def seconds(f, device="cpu", repeat=5):
@@ -1594,7 +1613,7 @@ def fastest_dtype(device):
         return (torch.bfloat16, "this GPU has units for it") if good else \
                (torch.float32, "this GPU has no bfloat16 units")
     if device == "mps":
-        return torch.float32, "not measured to be slower than bfloat16 on Apple GPUs"
+        return torch.float32, "bfloat16 has not been measured on Apple GPUs"
     x, w = torch.randn(1024, 128), torch.randn(128, 512)
     x16, w16, of_32, of_16 = x.bfloat16(), w.bfloat16(), math.inf, math.inf
     for _ in range(10):              # by turns, so that a busy moment of the machine doesn't decide

@@ -140,8 +140,8 @@ class Decoder(nn.Module):
 
 class Model(nn.Module):
     """
-    pattern names the layers (module docstring), the first of which reads the embedding; vocab_size
-    is M and dim D; max_len is the longest sequence, in which implicit filters measure time. Layers
+    pattern names the layers, in order (module docstring); vocab_size is M and dim D; max_len is the
+    longest sequence, and an implicit filter's unit of time. Layers
     initialise themselves; only the embedding, which is the model's own, is set here. Raises
     ValueError for an unknown layer, setting or backbone.
     """
@@ -218,9 +218,9 @@ def pick(logits, temperature, top_k):
 def decayed(model):
     """
     The parameters that get weight decay: matrices that multiply activations (nn.Linear, Experts)
-    and the embedding. Not norms, biases, filters (an implicit one's small MLP multiplies times, not
-    activations), Mamba's A and D, RWKV's mixtures (of their low-rank map, the half that writes
-    them), bonus and rates.
+    and the embedding. Not norms, biases, short and long filters (an implicit one's small MLP
+    multiplies times, not activations), Mamba's A and D, RWKV's mixtures, bonus and rates. (RWKV-6's
+    mix_up is such a matrix, but counts as one of the mixtures; its mix_down gets decay.)
     """
     in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
     return [m.weight for m in model.modules()
@@ -318,7 +318,8 @@ def main():
     try:
         if args.arch is None:
             return show_architectures(args.dim)
-        pattern = ARCHS.get(args.arch, args.arch)
+        word = re.fullmatch(r"[\w-]+", args.arch) and args.arch not in LAYERS
+        pattern = find_pattern(args.arch) if word else args.arch
         print(pattern, show_ledger(Model(pattern, 16, args.dim, args.seq_len), args.seq_len),
               sep="\n")
     except ValueError as error:

@@ -174,7 +174,7 @@ def recall(setting, draw, split, seed):
     noise = draw(2 ** 32, P) < setting.frac_noise * 2 ** 32          # (B, P)
     np.put_along_axis(noise, draw(P - 1, 1), False, 1)               # one pair always stays,
     noise[:, -1] = False                                             # and the last one
-    key = np.where(noise, -1, draw(keys, P))         # -1 is a last column below, which is not read
+    key = np.where(noise, -1, draw(keys, P))         # -1 is a last column below, replaced by junk
     shown = np.zeros((B, keys + 1), bool)
     np.put_along_axis(shown, key[:, :-1], True, 1)
     key[:, -1] = np.where(shown[:, :keys], draw(2 ** 32, keys), -1).argmax(1)    # the highest die
@@ -338,7 +338,7 @@ class Task:
     make: Callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
     oracle: Callable           # (setting, inputs (n, T), seed) -> right answers, -1 where open
     least: Callable            # setting -> least vocab_size, least seq_len, what they depend on;
-                               # of keys, values and tokens two, for with one there is no choice
+                               # at least two keys, values or tokens: one leaves no choice
     chance: Callable = lambda setting: 1 / halves(setting)[1]        # one of the values
     even: bool = False         # T must be
     shifted: bool = False      # the next token is the target: T - 1 positions
