@@ -1950,7 +1950,7 @@ def test_a_compiler_that_is_gone(tmp_path, monkeypatch):
     fails = Mock(side_effect=RuntimeError("No working C++ compiler found\nTraceback"))
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     result = train.train(config, said.append)
-    assert "compile  off: failed here (RuntimeError: No working C++ compiler found)" in said
+    assert "compile  off: it failed here (RuntimeError: No working C++ compiler found)" in said
     assert result["steps"] == 40 and result["machine"]["compiled"] is False
     refused(r"^compile is 'on', but .* found\); try --compile off$",
             train.train, short(tmp_path, compile="on"), quiet)

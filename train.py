@@ -1104,9 +1104,9 @@ class Run:
             measured = seconds(self.try_step, self.device, 1) if wanted == "auto" and left else 0
             self.compiled, reason = choose_compile(wanted, self.device, left,
                                                    self.ranks.largest(measured))
-        if self.compiled and self.step < self.steps:
-            reason = self.compile_score(plain) or reason
         self.say(f"compile  {'on' if self.compiled else 'off'}: {reason}")
+        if self.compiled and self.step < self.steps:
+            self.compile_score(plain)
         if self.shared:
             self.shared.graphs[self.dtype] = self.score, self.compiled
 
@@ -1117,10 +1117,7 @@ class Run:
         self.optimizer.zero_grad()
 
     def compile_score(self, plain):
-        """
-        Compiles self.score, and uses it once, since torch compiles only then. Returns why it could
-        not, or None.
-        """
+        """Compiles self.score, and uses it once, since torch compiles only then."""
         wanted = self.config.compile
         self.score = torch.compile(plain, dynamic=False,
                                    mode=wanted if wanted == "max-autotune" else None)
@@ -1132,7 +1129,7 @@ class Run:
                 raise ValueError(f"compile is {wanted!r}, but compiling {reason}; "
                                  f"try --compile off") from error
             self.score, self.compiled = plain, False
-            return reason
+            self.say(f"compile  off: it {reason}")
 
     # -- disk ------------------------------------------------------------------------------------
 
