@@ -950,7 +950,7 @@ def test_patterns():
                          ("hyena (order=4)", "bracket"), ("swigul", "did you mean")]:
         refused(message, model.Model, bad, 16)
     refused("did you mean hybrid", model.find_pattern, "hibrid")
-    for word, shown in (("hibrid", "error: unknown architecture.*mean hybrid"), ("mlp", "mlp *131")):
+    for word, shown in (("hibrid", "error: unknown arch.*mean hybrid"), ("mlp", "mlp *131")):
         done = ended(started(HERE / "model.py", word))   # an architecture, or a layer
         assert re.search(shown, done.stdout + done.stderr) and done.stderr.count("\n") < 2
 
