@@ -285,7 +285,7 @@ def check_use(f, value, task):
 
 def safe_name(name):
     """A file name without separators: nothing is written outside --out by accident."""
-    name = "".join(c if c.isalnum() or c in "-_.=," else "-" for c in name).strip(".-")
+    name = "".join(c if c.isalnum() or c in "-_.=,+" else "-" for c in name).strip(".-")
     if not name:
         raise ValueError("name: needs at least one letter or digit")
     if len(name) > 200:                   # file systems end at 255; what is cut still counts
