@@ -1079,7 +1079,8 @@ class GatedLinearRecurrence(Layer):
       project(x (B, T, D), x_{t-1} or None) -> q, k (B, H, T, K), v (B, H, T, V), log_a (B or 1, H,
         T, K or 1) or None, u (H, K) or None, and a gate of its own;
       readout(y (B, H, T, V), gate) -> (B, T, D).
-    shifts: `project` reads x_{t-1}, so the state is (S, x_{t-1}). extra: columns that it adds to v.
+    `step` carries S and, if shifts, the x_{t-1} that `project` reads: (S, x_{t-1}). extra: columns
+    that it adds to v.
     """
 
     shifts, extra = False, 0
@@ -1229,7 +1230,8 @@ class RWKV5(GatedLinearRecurrence):
 class RWKV6(RWKV5):
     """
     RWKV-5 whose mixtures and decays depend on the token, each through a low-rank tanh
-    (Peng et al. 2024, Finch, section 4.2).  Args: heads H; ranks of the mixtures and of the decay.
+    (Peng et al. 2024, Finch, section 4.2). `step` carries S and x_{t-1}, as in RWKV-5.
+    Args: heads H; ranks of the mixtures and of the decay.
     """
 
     mixes = 5                                               # w, too
@@ -1264,6 +1266,8 @@ class Mamba(Layer):
     (dt B is what the authors' code has; their equation 4 has (exp(dt A) - 1) / A times B there)
     with dt, B, C from x_t; between a short convolution and a gate. It mixes tokens and channels.
     A is real. (To try a complex one, as in S4, use `linear_scan`: `selective_scan` is for real A.)
+    `step` carries the short convolution's last inputs and h (B, N, inner); the recurrence itself is
+    in `selective_step` and, as a fast path, in `selective_scan`.
 
     Args: expand: inner width over D; state N; kernel: taps; dt_rank.
     """

@@ -1087,7 +1087,10 @@ class Run:
                  f"0 on {no:,}" + " (norms, biases, filters, decay rates)" * (no > 0))
 
     def choose_graph(self):
-        """self.score: `scored`, compiled if that pays within the run, or runs of this shape."""
+        """
+        self.score: `scored`, compiled if that pays (choose_compile) within this run, or within the
+        runs of its shape. Decided before: by --detect, by a graph that is shared, by the checkpoint.
+        """
         # It depends on nothing else of this run, so other runs of its shape can use it.
         self.plain = plain = functools.partial(scored, self.model, self.dtype)
         if self.shared and self.dtype in self.shared.graphs:
