@@ -1089,7 +1089,7 @@ class Run:
     def choose_graph(self):
         """
         self.score: `scored`, compiled if that pays (choose_compile) within this run, or within the
-        runs of its shape. Decided before: by --detect, by a graph that is shared, by the checkpoint.
+        runs of its shape. --detect, a graph that is shared, and the checkpoint decide before that.
         """
         # It depends on nothing else of this run, so other runs of its shape can use it.
         self.plain = plain = functools.partial(scored, self.model, self.dtype)
