@@ -917,6 +917,14 @@ def test_readme_shows_what_is_recorded():
         path.name for path in (HERE / "results").iterdir()}
 
 
+def test_readme_counts_the_lines_of_the_files():
+    readme = (HERE / "README.md").read_text()
+    counted = re.findall(r"lines of `(\w+\.py)` \| \d+ \| ([\d,]+) \|", readme)
+    for name, lines in counted:
+        assert abs(int(lines.replace(",", "")) - len((HERE / name).read_text().split("\n"))) < 25
+    assert {name for name, _ in counted} == {path.name for path in HERE.glob("*.py")}
+
+
 def test_recorded_mad_tables_are_those_of_the_records(says):
     mad, readme = HERE / "results" / "mad", (HERE / "README.md").read_text()
     assert says("table", "--mad", mad / "quick").out == (mad / "table.md").read_text()
@@ -1216,6 +1224,10 @@ def test_doubtful_runs_are_flagged(few_starts):
     lopsided = GOOD.copy()
     lopsided[:7] = 3 + 0.02 * np.arange(2, 9) ** 2       # the smallest budget rises throughout
     assert "budget 1e+18 left out: all runs on one side" in flags_of(iso, N7, D7, lopsided)
+    noisy = GOOD.copy()                                  # one size alone bends the first parabola
+    noisy[:7] = 3 - 0.1 * np.eye(7)[3]
+    assert re.search(r"budget 1e\+18: [2-9]\d of 99 resamples have no optimum",
+                     " ".join(iso(N7, D7, noisy, bootstrap=99).flags))
     wide = 6 * N7 * D7 * np.tile(np.linspace(0.93, 1.08, 7), 5)
     assert "differ by up to 15%" in flags_of(iso, N7, D7, GOOD, wide)
     assert scaling.group_budgets(wide)[1] == pytest.approx(BUDGETS, rel=0.01)
@@ -2364,6 +2376,8 @@ def test_what_has_no_say_is_no_part_of_a_run():
     base = tasks.BASELINES[RECALL]
     assert key(seq_len=base.seq_len, num_train=base.num_train) == key() != key(steps=9)
     assert train.TrainConfig(vocab_size=base.vocab_size).run_name == train.TrainConfig().run_name
+    assert key(weight_decay=0) == key(weight_decay=0.0) and key(lr=1e30) != key(lr=1e-30)
+    assert train.TrainConfig(lr=1e30).run_name != train.TrainConfig(lr=1e-30, min_lr=0).run_name
     layer, arch = train.MadConfig(layers="mh-hyena"), train.MadConfig(arch="mh-hyena")
     assert layer.label == "mh-hyena()" and arch.label == "mh-hyena"          # not the same model
     assert train.size_of(layer)["pattern"] == "mh-hyena"
@@ -2692,7 +2706,9 @@ def test_resume_takes_the_options_of_the_folder(tmp_path, monkeypatch):
             error=FileNotFoundError)
     moved = folder.rename(tmp_path / "moved")
     monkeypatch.setattr(train, "code_version", lambda: "other")
-    result = train.train(train.parse_args(["--resume", str(moved)]), said.append)
+    config = train.parse_args(["--resume", str(moved)])
+    assert config.out == str(tmp_path)                   # so what it suggests next stays there
+    result = train.train(config, said.append)
     assert result["folder"] == str(moved) and same_bytes(whole, moved)
     assert "other code began this run" in said[0] and any("from step 23" in x for x in said)
 

@@ -50,6 +50,7 @@ import threading
 import time
 import traceback
 import types
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1760,12 +1761,14 @@ class Grid:
 
     def counts(self):
         """What became of the runs, and how many results in their folder are of no run of it."""
-        count, runs = lambda fate: len(self.of_fate(fate)), self.all_runs()
+        self.look()
+        runs = self.all_runs()
+        fates = Counter(map(self.fate, runs))
         strangers = [p for p in Path(runs[0].out).glob("*/result.json")
                      if p.parent.name not in self.setting]
         other_code = sum(code_of(p) != code_version() for p in strangers)
-        return dict(runs=len(runs), reused=self.reused, trained=count("ended") - self.reused,
-                    skipped=count("skipped"), failed=count("failed"), open=count("open"),
+        return dict(runs=len(runs), reused=self.reused, trained=fates["ended"] - self.reused,
+                    skipped=fates["skipped"], failed=fates["failed"], open=fates["open"],
                     of_other_code=other_code, of_other_options=len(strangers) - other_code)
 
 
