@@ -539,6 +539,26 @@ def test_attention_on_a_gpu_gets_what_its_fused_kernels_take(monkeypatch):
     assert len(given) == 3 and all(p.stride(-1) == 1 for p in given)
 
 
+def test_ways_that_are_not_there_are_refused():
+    x = torch.randn(1, 2, 8, 4)
+    for chunk in (0, -4, 48):
+        refused(f"chunk={chunk}; permitted: a power of 2", layers.gated_linear_scan, x, x, x,
+                chunk=chunk)
+    refused("method='ftt'; permitted: auto, toeplitz", layers.long_conv, x[0], x[0, 0].T,
+            method="ftt")
+    refused("make both complex or none", layers.linear_scan, x + 0j, x)
+
+
+def test_a_state_keeps_growing_in_bfloat16():
+    """Sums of ones in bfloat16 end at 256; the states of both recurrences are float32."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    h, S = 0 * one[None], 0 * one[None, None]                        # (B, N, C), (B, H, K, V)
+    for _ in range(300):
+        _, h = layers.selective_step(h, one, one, 0 * one, one, one)
+        _, S = layers.gated_linear_step(S, *[one[None]] * 3)
+    assert h.item() == S.item() == 300
+
+
 def test_short_convolution_adds_its_bias_to_channels():
     short = layers.ShortConv(6, 3, bias=True)
     nn.init.normal_(short.bias)
@@ -707,6 +727,14 @@ def test_mamba_dt_survives_in_a_model():
             dt = F.softplus(block.layer.dt_bias)
             assert 0.00099 < dt.min() < 0.003 and 0.03 < dt.max() < 0.101
             assert torch.allclose(block.layer.A_log.exp(), torch.arange(1.0, 5.0).expand(256, 4))
+
+
+def test_routing_is_the_same_under_autocast():
+    torch.manual_seed(0)
+    router, x = layers.Router(16, 8, 2), torch.randn(2000, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight, chosen = router(x)
+    assert torch.equal(chosen, router(x)[1]) and torch.equal(weight, router(x)[0])
 
 
 def test_routing_is_sparse_and_weights_sum_to_one():
@@ -921,7 +949,8 @@ def test_readme_counts_the_lines_of_the_files():
     readme = (HERE / "README.md").read_text()
     counted = re.findall(r"lines of `(\w+\.py)` \| \d+ \| ([\d,]+) \|", readme)
     for name, lines in counted:
-        assert abs(int(lines.replace(",", "")) - len((HERE / name).read_text().split("\n"))) < 25
+        there = len((HERE / name).read_text().split("\n"))
+        assert int(lines.replace(",", "")) == pytest.approx(there, rel=0.05)
     assert {name for name, _ in counted} == {path.name for path in HERE.glob("*.py")}
 
 
@@ -2377,7 +2406,7 @@ def test_what_has_no_say_is_no_part_of_a_run():
     assert key(seq_len=base.seq_len, num_train=base.num_train) == key() != key(steps=9)
     assert train.TrainConfig(vocab_size=base.vocab_size).run_name == train.TrainConfig().run_name
     assert key(weight_decay=0) == key(weight_decay=0.0) and key(lr=1e30) != key(lr=1e-30)
-    assert train.TrainConfig(lr=1e30).run_name != train.TrainConfig(lr=1e-30, min_lr=0).run_name
+    assert "lr=1e+30" in train.TrainConfig(lr=1e30).run_name
     layer, arch = train.MadConfig(layers="mh-hyena"), train.MadConfig(arch="mh-hyena")
     assert layer.label == "mh-hyena()" and arch.label == "mh-hyena"          # not the same model
     assert train.size_of(layer)["pattern"] == "mh-hyena"
