@@ -1,56 +1,74 @@
 """
-What is learned: the six synthetic tasks of MAD, their 66 settings, and text as the seventh task.
+What is learned: the six synthetic tasks of MAD (Poli et al. 2024, arXiv 2403.17844), and text.
 
-Each task is a unit test of one ability of a sequence model (the paper's section on MAD, tables in
-its appendix): bring back what was shown (recall), in spite of noise or of names of several tokens,
-copy in order, squeeze a sequence into one vector, know facts by heart. A setting is one difficulty
-of one task. Data are drawn, not stored: generate(setting, n, seed, split) -> inputs, targets, where
-targets[:, t] is the right answer at position t, and -100 marks a position that is not scored.
+Each task tests one ability of a sequence model; a setting is one of its difficulties. Data are
+drawn, not stored: generate(setting, n, seed, split) -> inputs, targets, where targets[:, t] is the
+right answer at position t, or -100 if it is not scored.
 
-  n sequences   T length   M vocabulary, ids in [0, M)   P pairs   L longest motif   B of a block
+  B batch   T time   M vocabulary, ids in [0, M)   P pairs   L longest motif
 
-Three numbers stand beside each task: what a guess gets (chance), what a program that knows the rule
-gets (oracle), and what no model exceeds (ceiling).
-
-  python tasks.py      prints one small instance of each task; every oracle gets 1.000
+  python tasks.py      one instance of each task, and what its score is read against: a guess
+                       (chance), the rule (oracle: 1.000), the most a model can get (ceiling)
 """
 import argparse
-import dataclasses
 import difflib
+import functools
+import glob
 import hashlib
-import math
-import numbers
 import os
-import platform
 import re
-import sysconfig
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import signal
+import sys
+import tempfile
+from collections import namedtuple
+from dataclasses import dataclass, fields, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
 IGNORE = -100        # torch's cross_entropy skips this target by default
 
-# -------------------------------------------------------------------------------------------------
-# Settings
+
+class UserError(ValueError):
+    """A wrong option, pattern, setting or data file: one line, with what is permitted."""
 
 
-def unknown(field, value, valid):
-    close = difflib.get_close_matches(str(value), valid, 1)
+def unknown(kind, name, known):
+    close = difflib.get_close_matches(str(name), known, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return ValueError(f"{field} is {value!r}; permitted: {', '.join(valid)}{hint}")
+    return UserError(f"{kind} is {name!r}; permitted: {', '.join(known)}{hint}")
 
 
-def whole(field, value, low, high=math.inf, even=False, given=""):
-    """value as an int, or a ValueError that names the field, its value and the permitted range."""
-    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if is_int and low <= value <= high and not (even and value % 2):
-        return int(value)                    # numpy's integers become Python's: same repr and json
-    kind = "an even" if even else "a whole"
-    span = f"at least {low}" if high == math.inf else f"{low} to {high}"
-    raise ValueError(f"{field} is {value!r}; permitted: {kind} number, {span}{given}")
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def run_main(main):
+    """Runs a file's main. Exit codes: 2 UserError, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(128 + number)
+
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:       # nohup ignores SIGHUP
+            signal.signal(number, stop)
+    sys.stderr = sys.stderr or open(os.devnull, "w")         # the shell may have closed it
+    sys.stdout.reconfigure(errors="replace")                 # the console may know ASCII only
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        sys.exit(stopped.args[0] if stopped.args else 130)
+    except BrokenPipeError:                                  # `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # Python flushes once more at its end
+
+
+# -------------------------------------------------------------------------------------------------
+# Settings, and random numbers that are the same on every machine
 
 
 @dataclass(frozen=True)
@@ -63,45 +81,32 @@ class Setting:
     num_test: int = 1_280
     noise_vocab_size: int = 0        # noisy recall: how many of the ids are noise
     frac_noise: float = 0.0          # noisy recall: probability that a pair is noise
-    num_tokens_to_copy: int = 16     # of selective copying
-    max_motif: int = 3               # of fuzzy recall
+    num_tokens_to_copy: int = 16     # selective copying
+    max_motif: int = 3               # fuzzy recall
 
     def __post_init__(self):
         if self.task not in TASKS:
             raise unknown("task", self.task, TASKS)
-        task, noisy = TASKS[self.task], self.task == "noisy-in-context-recall"
-        for field in dataclasses.fields(self):
-            if field.type is int:
-                low = 1 if noisy or field.name != "noise_vocab_size" else 0
-                value = whole(field.name, getattr(self, field.name), low)
-                object.__setattr__(self, field.name, value)          # self is frozen
-        f = self.frac_noise
-        if isinstance(f, bool) or not isinstance(f, numbers.Real) or not 0 <= f < 1:
-            raise ValueError(f"frac_noise is {f!r}; permitted: a number in [0, 1)")
-        if not noisy and (f or self.noise_vocab_size):
-            raise ValueError(f"frac_noise is {f!r}, noise_vocab_size is {self.noise_vocab_size}; "
-                             f"permitted: 0 and 0, for only noisy-in-context-recall has noise")
-        object.__setattr__(self, "frac_noise", float(f))
-        M, T = self.vocab_size, self.seq_len
-        least_M, least_T, given = task.least(self)
-        whole("vocab_size", M, least_M, given=given)
-        whole("seq_len", T, least_T, even=task.even, given=given)
-        if self.task == "selective-copying":
-            n, given = self.num_tokens_to_copy, f" (seq_len is {T})"
-            whole("num_tokens_to_copy", n, 1, (T - 1) // 2, given=given)
-        if self.task == "fuzzy-in-context-recall":       # a motif is numbered within an int64
-            most, given = int(62 / math.log2(M)), f" (vocab_size is {M})"
-            whole("max_motif", self.max_motif, 1, most, given=given)
-
-    @property
-    def backbone(self):
-        """The kind of model (model.py) that the task needs."""
-        return TASKS[self.task].backbone
+        task, noisy, many = TASKS[self.task], "noisy" in self.task, 2 ** 31
+        most = (self.seq_len - 1) // 2 if "copying" in self.task else many
+        for field, low, high, step in (
+                ("num_train", 1, many, 1), ("num_test", 1, many, 1), ("max_motif", 1, 3, 1),
+                ("noise_vocab_size", int(noisy), noisy * many, 1),
+                ("vocab_size", task.least[0] + self.noise_vocab_size, many, 1),
+                ("seq_len", task.least[1], many, 1 + task.even),
+                ("num_tokens_to_copy", 1, most, 1)):
+            value = getattr(self, field)
+            if not low <= value <= high or value % step:
+                even = "even, " * (step - 1)
+                raise UserError(f"{field} is {value}; permitted: {even}{low} to {high}")
+        if not 0 <= self.frac_noise < 1 or self.frac_noise and not noisy:
+            raise UserError(f"frac_noise is {self.frac_noise}; permitted: [0, 1) in noisy recall, "
+                            f"0 elsewhere")
 
     @property
     def length(self):
         """Positions of inputs and targets."""
-        return self.seq_len - TASKS[self.task].shifted
+        return generate(self, 1, 0, "test")[0].shape[1]
 
 
 def halves(setting):
@@ -109,171 +114,111 @@ def halves(setting):
     M = setting.vocab_size - setting.noise_vocab_size    # noise has the last ids
     if setting.task == "memorization":                   # M/2 facts; id M-1 is the insert token
         return M // 2, M - 1 - M // 2
-    if setting.task == "fuzzy-in-context-recall":        # id M-1 pads
-        M -= 1
+    M -= "fuzzy" in setting.task                         # id M-1 pads
     return M // 2, M - M // 2
 
 
-# -------------------------------------------------------------------------------------------------
-# Randomness. numpy promises for all machines and versions that PCG64's raw bits stay the same; it
-# does not promise that of Generator.integers and its like. So the bits are all that we take.
-
-B = 256              # sequences drawn from one stream: their arrays fit the processor's cache
+BLOCK = 256          # sequences drawn from one stream: their arrays fit the processor's cache
 
 
 def dice(setting, seed, *label):
     """
-    A function draw(high, *shape) -> (B, *shape) int64, uniform in [0, high), high <= 2^32. Each
-    (setting, seed, label) has its own stream, so a new field in Setting changes all data. Only
-    num_train and num_test don't count: with less training data a task keeps its test data and the
-    first of its training data.
+    A function draw(high, *shape) -> (BLOCK, *shape) int64, uniform in [0, high), high <= 2^32. Its
+    stream depends on the fields that differ from their defaults: a new field leaves the data of old
+    settings as they are. Fewer training data are the first of more: their number doesn't count.
     """
-    task = dataclasses.replace(setting, num_train=1, num_test=1)
-    name = repr((dataclasses.astuple(task), seed, label)).encode()
-    digest = hashlib.sha256(name).digest()               # hash() differs between processes
+    changed = [f"{f.name}={getattr(setting, f.name)}" for f in fields(setting)
+               if getattr(setting, f.name) != f.default and f.name not in ("num_train", "num_test")]
+    name = " ".join(map(str, (*changed, seed, *label)))
+    digest = hashlib.sha256(name.encode()).digest()      # hash() differs between processes
     bits = np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "big")))
 
     def draw(high, *shape):
-        if high > 1 << 32:
-            raise ValueError(f"{high:,} kinds of token, permitted: at most 2^32; lower vocab_size")
-        count = B * int(np.prod(shape))
+        # numpy promises that these raw bits stay the same, not that Generator.integers does.
+        count = BLOCK * int(np.prod(shape))
         raw = bits.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
         # x * high / 2^32 is biased by at most high / 2^32 (2e-6 for 8192 ids), and never retries.
         scaled = np.multiply(raw, high, dtype=np.uint64) >> np.uint64(32)
-        return scaled.view(np.int64).reshape(B, *shape)
+        return scaled.view(np.int64).reshape(BLOCK, *shape)
 
     return draw
 
 
 def first_shown(codes):
-    """codes (n, P) -> (n, P), for each place the first place of its row that has the same code."""
-    order = np.argsort(codes, axis=1, kind="stable")     # equal codes become neighbours, in order
-    ranked = np.take_along_axis(codes, order, 1)
-    fresh = np.diff(ranked, axis=1, prepend=ranked[:, :1] - 1) != 0
-    start = np.maximum.accumulate(np.where(fresh, np.arange(codes.shape[1]), 0), 1)
-    first = np.empty_like(order)
-    np.put_along_axis(first, order, np.take_along_axis(order, start, 1), 1)
-    return first
+    """codes (B, P) -> (B, P), for each place the first place of its row that has the same code."""
+    rows, P = codes.shape
+    apart = codes + (np.ptp(codes) + 1) * np.arange(rows)[:, None]       # rows share no code
+    _, first, which = np.unique(apart, return_index=True, return_inverse=True)
+    return first[which].reshape(rows, P) % P
 
 
 # -------------------------------------------------------------------------------------------------
-# The tasks: (setting, draw, split, seed) -> inputs, targets of one block
+# The tasks: (setting, draw, split, seed) -> inputs, targets of one block, and their oracles
 
 
-def shift(tokens, scored):
-    """Autoregressive: at each of T-1 positions the target is the next token, where it is scored."""
-    return tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:]
+def motifs(draw, num_tokens, L, P):
+    """(B, P, L) motifs without a repeated token."""
+    motif = draw(num_tokens, P, 1)
+    for p in range(1, L):
+        rank, used = draw(num_tokens - p, P, 1), np.sort(motif, 2)       # rank among the unused
+        token = rank + (used - np.arange(p) <= rank).sum(2, keepdims=True)
+        motif = np.concatenate([motif, token], 2)
+    return motif
 
 
 def recall(setting, draw, split, seed):
     """
-    key value key value ... key value, the last key drawn among those shown before. In-context
-    recall is the case without noise. Training is on every next token, noise too; a test is not.
+    key value key value ... key value: a key has one value, drawn anew for each sequence, and the
+    last pair repeats one of those before it. Trained on every next token, tested on the values of
+    keys shown before. Noisy: some pairs are two tokens of noise. Fuzzy: keys and values are motifs
+    of 1 to L tokens (of L, the keys of a test) after some pads; they share no token, so that a key
+    ends where a value begins, but only its earlier appearance tells where a value ends.
     """
-    (keys, values), P = halves(setting), setting.seq_len // 2
-    noise = draw(2 ** 32, P) < setting.frac_noise * 2 ** 32          # (B, P)
-    np.put_along_axis(noise, draw(P - 1, 1), False, 1)               # one pair always stays,
-    noise[:, -1] = False                                             # and the last one
-    key = np.where(noise, -1, draw(keys, P))         # -1 is a last column below, replaced by junk
-    shown = np.zeros((B, keys + 1), bool)
-    np.put_along_axis(shown, key[:, :-1], True, 1)
-    key[:, -1] = np.where(shown[:, :keys], draw(2 ** 32, keys), -1).argmax(1)    # the highest die
-    value = np.take_along_axis(keys + draw(values, keys + 1), key, 1)    # one value a key, anew
-    junk = keys + values + draw(setting.noise_vocab_size, P, 2)
-    tokens = np.where(noise[..., None], junk, np.stack([key, value], 2)).reshape(B, 2 * P)
-    scored = np.full(tokens.shape, split == "train")
-    if split == "test":
-        scored[:, 1::2] = (first_shown(key) < np.arange(P)) & ~noise
-    return shift(tokens, scored)
+    (keys, values), T, P = halves(setting), setting.seq_len, setting.seq_len // 2
+    L, slot = setting.max_motif if "fuzzy" in setting.task else 1, np.arange(P)
+    pair = np.stack([motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)], 2)
+    length = 1 + draw(L, P, 2, 1)
+    if split != "train":
+        length[:, :, 0] = L
+    pair[np.arange(L) >= length] = -1                                    # (B, P, 2, L), -1: none
+    noise = draw(2 ** 32, P) < setting.frac_noise * 2 ** 32              # (B, P)
+    np.put_along_axis(noise, draw(P - 1, 1), False, 1)                   # one pair always stays
+    # A key's tokens are the digits of its code. A key shown before takes the value it had then.
+    code = np.where(noise, -1 - slot, (pair[:, :, 0] + 1) @ (keys + 1) ** np.arange(L))
+    pair[:, :, 1] = np.take_along_axis(pair[:, :, 1], first_shown(code)[..., None], 1)
+    pair[noise] = keys + values + draw(setting.noise_vocab_size, P, 2, 1)[noise]
 
-
-def motifs(draw, num_tokens, L, P):
-    """(B, P, L) motifs without a repeated token: the p-th skips the p tokens before it."""
-    tokens = np.empty((B, P, L), np.int64)
-    for p in range(L):
-        token = draw(num_tokens - p, P)              # its rank among the unused
-        used = np.sort(tokens[..., :p], axis=2)
-        for q in range(p):
-            token += token >= used[..., q]
-        tokens[..., p] = token
-    return tokens
-
-
-def fuzzy_pairs(setting, draw, split):
-    """More pairs than fit: (B, P, 2L), a key then its value, -1 for no token; codes of the keys."""
-    (keys, values), L, T = halves(setting), setting.max_motif, setting.seq_len
-    P = T // 2 if split == "train" else T // (L + 1)     # T / the shortest pair
-    key, value = motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)
-    length = 1 + draw(L, 2, P)                           # (B, 2, P): of keys, of values
-    if split == "test":
-        length[:, 0] = L                                 # every key is whole
-    key = np.where(np.arange(L) < length[:, 0, :, None], key, -1)
-    value = np.where(np.arange(L) < length[:, 1, :, None], value, -1)
-    code = (key + 1) @ (keys + 1) ** np.arange(L)        # (B, P), a key's tokens as digits
-    # One value a key: a key that was drawn before takes the value drawn with it then.
-    value = np.take_along_axis(value, first_shown(code)[..., None], 1)
-    return np.concatenate([key, value], 2), code
-
-
-def fuzzy_order(draw, size, T):
-    """
-    Sizes (B, P) -> which pair stands in which slot (B, P+1), and how many slots are used (B, 1).
-    Pair 0 is the probe: it has the last slot and one drawn among all before, so that it is always
-    in the context. (In mad-lab 1.6% of the training sequences end before it was placed.)
-    """
-    P = size.shape[1]
-    others = (size[:, 1:].cumsum(1) + 2 * size[:, :1] <= T).sum(1, keepdims=True)    # that fit
-    early = draw(2 ** 32, 1) * (others + 1) >> 32                                    # 0 ... others
-    slot = np.arange(P + 1)
-    order = slot + (slot < early)                        # the others, in turn, around the probe
-    order[(slot == early) | (slot == others + 1)] = 0
-    return np.minimum(order, P - 1), others + 2          # (unused slots stay in range)
-
-
-def fuzzy_recall(setting, draw, split, seed):
-    """
-    pad ... pad, then pairs of motifs: key tokens, value tokens, key tokens, value tokens, ... Keys
-    and values share no token, so a run of key tokens is one key and the run of value tokens after
-    it its value. Where a value ends, only its earlier appearance tells.
-    """
-    L, T = setting.max_motif, setting.seq_len
-    pair, code = fuzzy_pairs(setting, draw, split)
-    order, used = fuzzy_order(draw, (pair >= 0).sum(2), T)           # (B, S), (B, 1)
-    pair = np.take_along_axis(pair, order[..., None], 1)             # (B, S, 2L)
-    slot = np.arange(order.shape[1])
-    exists = (pair >= 0) & (slot < used)[..., None]
+    fits = (pair >= 0).sum((2, 3)).cumsum(1) <= T - 2 * L                # room for the last pair
+    used = fits.sum(1, keepdims=True)                                    # (B, 1)
+    last = np.where(fits & ~noise, draw(2 ** 32, P), -1).argmax(1)       # the highest die
+    order = np.where(slot < used, slot, last[:, None])                   # (B, P)
+    pair = np.take_along_axis(pair, order[..., None, None], 1)
+    exists = (pair >= 0) & (slot <= used)[..., None, None]
     answer = np.full(pair.shape, split == "train")
-    if split == "test":
-        again = first_shown(np.take_along_axis(code, order, 1)) < slot
-        answer[..., L:] = again[..., None]
+    again = first_shown(np.take_along_axis(code, order, 1)) < slot
+    answer[:, :, 1] |= again[..., None]
+
     # Row by row, the tokens that exist are, in this order, the end of the sequence.
-    filled = np.arange(T) >= T - exists.sum((1, 2))[:, None]         # (B, T)
-    tokens, scored = np.full((B, T), setting.vocab_size - 1), np.zeros((B, T), bool)
-    tokens[filled], scored[filled] = pair[exists], answer[exists]
-    return shift(tokens, scored)
+    end = np.arange(T) >= T - exists.sum((1, 2, 3))[:, None]             # (B, T)
+    tokens, scored = np.full((BLOCK, T), setting.vocab_size - 1), np.zeros((BLOCK, T), bool)
+    tokens[end], scored[end] = pair[exists], answer[exists]
+    return tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:]       # the next token
 
 
 def recall_oracle(setting, inputs, seed):
-    """
-    The rule of induction heads: what followed this context the first time? The context is the key,
-    its tokens as digits of one number, and how many tokens of its value were read since.
-    """
-    keys, values = halves(setting)
-    L = setting.max_motif if setting.task.startswith("fuzzy") else 1
-    is_key, is_value = inputs < keys, (keys <= inputs) & (inputs < keys + values)
-    key, read = np.zeros((2, len(inputs)), np.int64)
-    context = np.empty_like(inputs)
-    for t, token in enumerate(inputs.T):
-        longer = np.where(read == 0, key, 0) * (keys + 1) + token + 1    # or another key begins
-        key = np.where(is_key[:, t], longer, key)
-        read = np.where(is_key[:, t], 0, read + 1)
-        # A key of less than L tokens may go on (in training), until a token of its value is read.
-        decided = np.where(is_key[:, t], key >= (keys + 1) ** (L - 1), is_value[:, t])
-        context[:, t] = np.where(decided, key * (L + 1) + read, -1 - t)      # -1 - t: only here
-    first = first_shown(context)
-    following = np.roll(np.where(is_value, inputs, -1), -1, 1)       # -1 where the value has ended
-    answer = np.take_along_axis(following, first, 1)
-    return np.where(first < np.arange(inputs.shape[1]), answer, -1)
+    """The rule of induction heads: what followed this key, and this much of a value, before?"""
+    (keys, values), L = halves(setting), setting.max_motif if "fuzzy" in setting.task else 1
+    answers = np.full_like(inputs, -1)
+    for row, answer in zip(inputs.tolist(), answers):
+        following, context, previous = {}, (), keys
+        for t, token in enumerate(row):
+            following.setdefault(context, token if keys <= token < keys + values else -1)
+            context = (token,) if token < keys <= previous else context + (token,)
+            # A key of less than L tokens may go on, until a token of its value is read.
+            if len(context) >= L or token >= keys:
+                answer[t] = following.get(context, -1)
+            previous = token
+    return answers
 
 
 def selective_copying(setting, draw, split, seed):
@@ -283,9 +228,9 @@ def selective_copying(setting, draw, split, seed):
     """
     n, T, M = setting.num_tokens_to_copy, setting.seq_len, setting.vocab_size
     token, owner = draw(M - 2, n), draw(n, T - 2 * n - 1)
-    owner += n * np.arange(B)[:, None]                               # one histogram for all rows
-    blanks = np.bincount(owner.ravel(), minlength=B * n).reshape(B, n)
-    inputs, targets = np.full((B, T), M - 2), np.full((B, T), IGNORE)
+    owner += n * np.arange(BLOCK)[:, None]                               # one histogram for all
+    blanks = np.bincount(owner.ravel(), minlength=BLOCK * n).reshape(BLOCK, n)
+    inputs, targets = np.full((BLOCK, T), M - 2), np.full((BLOCK, T), IGNORE)
     np.put_along_axis(inputs, blanks.cumsum(1) + np.arange(n), token, 1)
     inputs[:, T - n - 1] = M - 1
     targets[:, T - n:] = token
@@ -293,82 +238,68 @@ def selective_copying(setting, draw, split, seed):
 
 
 def copying_oracle(setting, inputs, seed):
-    n, answer = setting.num_tokens_to_copy, np.full_like(inputs, -1)
+    n, answers = setting.num_tokens_to_copy, np.full_like(inputs, -1)
     blank = inputs >= setting.vocab_size - 2             # or the copy token; the others come first
-    answer[:, -n:] = np.take_along_axis(inputs, blank.argsort(1, kind="stable")[:, :n], 1)
-    return answer
+    answers[:, -n:] = np.take_along_axis(inputs, blank.argsort(1, kind="stable")[:, :n], 1)
+    return answers
 
 
 def compression(setting, draw, split, seed):
     """T-1 random tokens and the compression token, which is a target too, as in mad-lab."""
-    inputs = np.full((B, setting.seq_len), setting.vocab_size - 1)
-    inputs[:, :-1] = draw(setting.vocab_size - 1, setting.seq_len - 1)
+    inputs = draw(setting.vocab_size - 1, setting.seq_len)
+    inputs[:, -1] = setting.vocab_size - 1
     return inputs, inputs
-
-
-def facts(setting, seed):
-    """The fixed map of memorization, (keys,): it belongs to setting and seed, not to a split."""
-    keys, values = halves(setting)
-    return keys + dice(setting, seed, "facts")(values, -(-keys // B)).ravel()[:keys]
 
 
 def memorization(setting, draw, split, seed):
     """key insert key insert ...; at the insert token the target is the value, never shown."""
-    T = setting.seq_len
-    key = draw(halves(setting)[0], T // 2)
-    inputs, targets = np.full((B, T), setting.vocab_size - 1), np.full((B, T), IGNORE)
-    inputs[:, 0::2], targets[:, 1::2] = key, facts(setting, seed)[key]
-    return inputs, targets
+    inputs = draw(halves(setting)[0], setting.seq_len)
+    inputs[:, 1::2] = setting.vocab_size - 1
+    targets = memorization_oracle(setting, inputs, seed)
+    return inputs, np.where(targets < 0, IGNORE, targets)
 
 
 def memorization_oracle(setting, inputs, seed):
-    answer = np.full_like(inputs, -1)
-    answer[:, 1::2] = facts(setting, seed)[inputs[:, 0::2]]
-    return answer
+    """The map from keys to values belongs to setting and seed: both splits share it."""
+    keys, values = halves(setting)
+    facts = keys + dice(setting, seed, "facts")(values, -(-keys // BLOCK)).ravel()
+    answers = np.full_like(inputs, -1)
+    answers[:, 1::2] = facts[inputs[:, 0::2]]
+    return answers
 
 
 # -------------------------------------------------------------------------------------------------
-# The table. To add a task: its functions, a line here and its baseline below.
+# The table. To add a task: its function, its oracle, a line here and its baseline below.
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is, and what its scores are read against."""
     about: str                 # the question that it asks
-    make: Callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
-    oracle: Callable           # (setting, inputs (n, T), seed) -> right answers, -1 where open
-    least: Callable            # setting -> least vocab_size, least seq_len, what they depend on;
-                               # at least two keys, values or tokens: one leaves no choice
-    chance: Callable = lambda setting: 1 / halves(setting)[1]        # one of the values
-    even: bool = False         # T must be
-    shifted: bool = False      # the next token is the target: T - 1 positions
+    make: callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
+    oracle: callable           # (setting, inputs, seed) -> right answers (B, T), -1 where open
+    least: tuple               # vocab_size without noise, seq_len
+    chance: callable = lambda setting: 1 / halves(setting)[1]            # one of the values
+    even: bool = False         # seq_len must be
     backbone: str = "lm"       # the kind of model (model.py) that it needs
 
 
 TASKS = {
     "in-context-recall": Task(
-        "which value came with this key?", recall, recall_oracle,
-        lambda s: (4, 4, ""), even=True, shifted=True),
+        "which value came with this key?", recall, recall_oracle, (4, 4), even=True),
     "fuzzy-in-context-recall": Task(
-        "the same, but keys and values are motifs of several tokens", fuzzy_recall, recall_oracle,
-        # Each half of the ids holds a motif without repeats, and there is a pad.
-        lambda s: (2 * max(s.max_motif, 2) + 1, 4 * s.max_motif, f" (max_motif is {s.max_motif})"),
-        shifted=True),
+        "the same with names of several tokens", recall, recall_oracle, (7, 12)),
     "noisy-in-context-recall": Task(
-        "the same, but some pairs are replaced by noise", recall, recall_oracle,
-        lambda s: (4 + s.noise_vocab_size, 4, f" (noise_vocab_size is {s.noise_vocab_size})"),
-        even=True, shifted=True),
+        "the same among noise", recall, recall_oracle, (4, 4), even=True),
     "selective-copying": Task(
-        "repeat the tokens, skip the blanks", selective_copying, copying_oracle,
-        lambda s: (4, 3, ""), lambda s: 1 / (s.vocab_size - 2)),
+        "repeat the tokens, skip the blanks", selective_copying, copying_oracle, (4, 3),
+        lambda s: 1 / (s.vocab_size - 2)),
     "compression": Task(
         "the vector at the last position must hold the whole sequence", compression,
-        lambda setting, inputs, seed: inputs.copy(), lambda s: (3, 2, ""),
-        # The last of T tokens is always the same: no guess.
+        lambda setting, inputs, seed: inputs, (3, 2),    # the last of T tokens is no guess
         lambda s: (1 + (s.seq_len - 1) / (s.vocab_size - 1)) / s.seq_len, backbone="autoencoder"),
     "memorization": Task(
         "which value has this key in the task's one fixed map?", memorization, memorization_oracle,
-        lambda s: (5, 2, ""), even=True),
+        (5, 2), even=True),
 }
 
 BASELINES = {s.task: s for s in (
@@ -377,49 +308,42 @@ BASELINES = {s.task: s for s in (
     Setting("noisy-in-context-recall", vocab_size=32, noise_vocab_size=16, frac_noise=0.2),
     Setting("selective-copying", seq_len=256),
     Setting("compression", seq_len=32),
-    Setting("memorization", vocab_size=256, seq_len=32, num_train=256),
-)}
+    Setting("memorization", vocab_size=256, seq_len=32, num_train=256))}
 
-_RECALL = {"vocab_size": (32, 64, 128), "seq_len": (256, 512, 1024),
-           "num_train": (6400, 3200, 1600, 800)}
+RECALL = {"vocab_size": (32, 64, 128), "seq_len": (256, 512, 1024),
+          "num_train": (6400, 3200, 1600, 800)}
 CHANGES = {          # what makes a task harder, one variable at a time
-    "in-context-recall": _RECALL,
-    "fuzzy-in-context-recall": _RECALL,
-    "noisy-in-context-recall": {**_RECALL, "vocab_size": (48, 80, 144), "frac_noise": (.4, .6, .8)},
-    "selective-copying": {**_RECALL, "seq_len": (512, 1024), "num_tokens_to_copy": (32, 64, 96)},
-    "compression": {**_RECALL, "seq_len": (64, 128, 256)},
-    "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)},
-}
+    "in-context-recall": RECALL,
+    "fuzzy-in-context-recall": RECALL,
+    "noisy-in-context-recall": {**RECALL, "vocab_size": (48, 80, 144), "frac_noise": (.4, .6, .8)},
+    "selective-copying": {**RECALL, "seq_len": (512, 1024), "num_tokens_to_copy": (32, 64, 96)},
+    "compression": {**RECALL, "seq_len": (64, 128, 256)},
+    "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)}}
 
 
 def mad_settings(task=None):
     """The protocol's 66 settings, or those of one task; a baseline comes before its changes."""
-    if task is not None and task not in TASKS:
-        raise unknown("task", task, TASKS)
-    return [dataclasses.replace(BASELINES[name], **change)
-            for name in (CHANGES if task is None else [task])
+    if task and task not in BASELINES:
+        raise unknown("task", task, BASELINES)
+    return [replace(BASELINES[name], **change) for name in ([task] if task else CHANGES)
             for change in [{}, *({field: value} for field, values in CHANGES.get(name, {}).items()
                                  for value in values)]]
 
 
 def generate(setting, n, seed, split):
     """
-    inputs, targets: int64 (n, setting.length), the same for the same arguments on every machine.
-    The first n sequences of a larger n are the same ones. The splits "train" and "test" come from
-    independent streams: they share a sequence only by chance, where few are possible.
+    inputs, targets: int64 (n, T), of recall (n, T - 1); the same for the same arguments on every
+    machine, and the first n of more. The splits "train" and "test" come from independent streams:
+    they share a sequence only by chance, where few are possible.
     """
-    if split not in ("train", "test"):
-        raise unknown("split", split, ("train", "test"))
-    n, seed = whole("n", n, 1), whole("seed", seed, 0)
-    inputs, targets = np.empty((2, n, setting.length), np.int64)
-    for i in range(0, n, B):
-        x, y = TASKS[setting.task].make(setting, dice(setting, seed, split, i), split, seed)
-        inputs[i:i + B], targets[i:i + B] = x[:n - i], y[:n - i]
-    return inputs, targets
+    blocks = [TASKS[setting.task].make(setting, dice(setting, seed, split, i), split, seed)
+              for i in range(0, n, BLOCK)]
+    return tuple(np.concatenate(arrays)[:n] for arrays in zip(*blocks))
 
 
-# -------------------------------------------------------------------------------------------------
-# What a score is read against
+def oracle(setting, inputs, seed=0):
+    """Right answers by a rule that reads inputs[:, :t+1] (compression: all); -1 where open."""
+    return TASKS[setting.task].oracle(setting, inputs, seed)
 
 
 def chance(setting):
@@ -428,236 +352,238 @@ def chance(setting):
 
 
 def ceiling(setting):
-    """
-    Test accuracy that no model is expected to exceed: 1, but for memorization the part of the facts
-    that the training data show (0.913 over its settings). Guessing the rest adds less than 0.0002.
-    """
-    if setting.task != "memorization":
-        return 1.0
-    draws = setting.num_train * (setting.seq_len // 2)
-    return 1 - (1 - 1 / halves(setting)[0]) ** draws
-
-
-def oracle(setting, inputs, seed=0):
-    """
-    The right answers, (n, T), by a rule; -1 where the task doesn't determine one. At position t it
-    reads inputs[:, :t+1] only (compression: all); memorization has the facts of the data's seed.
-    """
-    return TASKS[setting.task].oracle(setting, inputs, seed)
+    """Expected test accuracy of a perfect memory: 1, or the share of facts in the training data."""
+    draws = setting.num_train * setting.seq_len // 2
+    return 1 - (1 - 1 / halves(setting)[0]) ** draws if setting.task == "memorization" else 1.0
 
 
 def accuracy(predictions, targets):
-    """Part of the scored positions that are right."""
+    """Share of the scored positions that are right."""
     return float((predictions == targets)[targets != IGNORE].mean())
 
 
 # -------------------------------------------------------------------------------------------------
-# Text, the seventh task: one long array of token ids, memory-mapped, so that its size is no matter
+# Text: arrays of token ids
 
-PIECE = 1 << 22      # characters or tokens read at a time
 SIZES = {"bytes": 256, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277,
-         "o200k_base": 200019}                           # known without tiktoken's download
-MAGICS = (20240520, 20240801)                            # of llm.c's shards, for gpt-2 and llama-3
-SHARDS = {1: "<u2", 7: "<u4"}                            # their versions
-LIBRARY = f"standard library of Python {platform.python_version()}"       # the default corpus
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+         "o200k_base": 200019}                           # without tiktoken's download
+SHARDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}    # llm.c's magic and version: type of ids
+# A piece of text ends between a letter or digit and a newline: no tokenizer's token reaches across.
+PIECE = re.compile(r"(?s).{1,4000000}(?:(?<=[^\W_])(?=\r?\n)|\Z)|.{1,4000000}")
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+Text = namedtuple("Text", "train val name vocab_size sha256")            # of load_text
 
 
+@functools.cache
 def get_encoding(name):
-    """tiktoken's encoding. Its first use needs the network, for which tiktoken waits for ever."""
+    """tiktoken's encoding. The first use of one downloads it, which could wait for ever."""
     import tiktoken
     if name not in tiktoken.list_encoding_names():
         raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names()])
-    found = {"error": "no answer in 20 seconds"}
-
-    def fetch():
-        try:
-            found["encoding"] = tiktoken.get_encoding(name)
-        except Exception as error:           # no network, proxy, a captive portal's wrong hash, ...
-            found["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(20)
-    if "encoding" in found:
-        return found["encoding"]
-    raise ValueError(
-        f"cannot get tiktoken's {name} ({found['error']}). Use --tokenizer bytes; or, on a machine "
-        f"with network, run TIKTOKEN_CACHE_DIR=DIR python -c \"import tiktoken; tiktoken."
-        f"get_encoding('{name}')\", copy DIR to this machine and set TIKTOKEN_CACHE_DIR to it")
+    try:
+        with ThreadPool(1) as pool:
+            return pool.apply_async(tiktoken.get_encoding, [name]).get(20)
+    except Exception as error:                           # whatever happens on a network in 20 s
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
+        raise UserError(f"tokenizer {name} can't be loaded ({reason}): use --tokenizer bytes, or "
+                        f"copy tiktoken's cache here and set TIKTOKEN_CACHE_DIR to it") from None
 
 
 def vocab_size(tokenizer):
     return SIZES.get(tokenizer) or get_encoding(tokenizer).n_vocab
 
 
-def read_text(files):
-    """
-    The files as one text, in pieces. They end between a letter or digit and a newline, where no
-    token of any tokenizer reaches across: encoded piece by piece the text has the same tokens
-    (unless 4 million characters have no such place).
-    """
-    rest = ""
-    for path in files:
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                while piece := file.read(PIECE):
-                    rest += piece
-                    cut = re.match(r".*[^\W_](?=\r?\n)", rest, re.DOTALL)   # the last such place
-                    end = cut.end() if cut else len(rest) if len(rest) >= PIECE else 0
-                    yield rest[:end]
-                    rest = rest[end:]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}): convert it, or save its "
-                             f"bytes as a uint8 .npy") from None
-    yield rest
+def encode(text, tokenizer):
+    """Ids of a text; what looks like a special token is text like any other."""
+    if tokenizer == "bytes":
+        return list(text.encode())
+    if re.search(r"(^|\S)\s{500000}", text):
+        raise UserError("text with 500,000 spaces in a row is too much for tiktoken: shorten them")
+    return get_encoding(tokenizer).encode_ordinary(text)
+
+
+def token_bytes(token, tokenizer):
+    """The text of a token: none of a special one, U+FFFD of an id without a token."""
+    if tokenizer == "bytes":
+        return bytes([token])
+    try:
+        text = get_encoding(tokenizer).decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+    special = text.decode(errors="replace") in get_encoding(tokenizer).special_tokens_set
+    return b"" if special else text
+
+
+def bytes_per_token(targets, tokenizer):
+    """Mean bytes of text of a target; None if tiktoken's table is out of reach."""
+    ids, counts = np.unique(targets, return_counts=True)
+    try:
+        sizes = [len(token_bytes(token, tokenizer)) for token in ids.tolist()]
+    except UserError:
+        return None
+    return float(counts @ sizes / counts.sum())
 
 
 def tokenize(files, tokenizer):
-    """Ids of the files' text, from the cache if this content was tokenized before."""
+    """Ids of text files, from a cache on disk if files of this content were tokenized before."""
     from tqdm import tqdm
-    digest, size = hashlib.sha256(), sum(f.stat().st_size for f in files)
-    for text in read_text(files):                        # finds bad text before any work is done
-        digest.update(text.encode())
-    if not size:
-        raise ValueError(f"{files[0]} holds no text")
     if tokenizer == "bytes" and len(files) == 1:
         return np.memmap(files[0], np.uint8, "r")
-    dtype = np.min_scalar_type(vocab_size(tokenizer) - 1)            # uint8, uint16 or uint32
-    folder = Path(os.environ.get("NANOMAD_CACHE") or Path.home() / ".cache" / "nanomad")
-    path = folder / f"{digest.hexdigest()}-{tokenizer}.bin"
+    home = os.path.expanduser("~")
+    cache = Path(home if os.access(home, os.W_OK) else tempfile.gettempdir(), ".cache", "nanomad")
+    cache = Path(os.environ.get("NANOMAD_CACHE") or cache)
+    digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
+    path = cache / f"{digest.hexdigest()}-{tokenizer}.bin"
+    dtype = np.min_scalar_type(vocab_size(tokenizer) - 1)                # uint8, uint16 or uint32
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        encode = str.encode if tokenizer == "bytes" else get_encoding(tokenizer).encode_ordinary
-        temporary = path.with_suffix(f".{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file, tqdm(total=size, unit="B", unit_scale=True,
-                                                     desc=f"{tokenizer} tokens") as bar:
-                for text in read_text(files):
-                    np.array(list(encode(text)), dtype).tofile(file)
-                    bar.update(len(text.encode()))
-            os.replace(temporary, path)                  # whole, or not at all
-        finally:
-            temporary.unlink(missing_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            with open(Path(folder, "ids"), "wb") as out:
+                for file in tqdm(files, f"{tokenizer} tokens", unit="file"):
+                    for piece in PIECE.findall(read_text(file)):
+                        np.array(encode(piece, tokenizer), dtype).tofile(out)
+            os.replace(out.name, path)
     return np.memmap(path, dtype, "r")
 
 
-def open_tokens(path):
-    """.npy; llm.c's shards (a header of 256 int32: magic, version, count); nanoGPT's raw uint16."""
-    if path.suffix == ".npy":
-        try:
-            tokens = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:           # a damaged header ends in errors of many kinds
-            raise ValueError(f"{path} is not a readable .npy of integers: {error}") from None
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
-            raise ValueError(f"{path} is {tokens.dtype} {tokens.shape}; needed: integers (n,)")
-        return tokens
-    size = path.stat().st_size
-    magic, version, count = (np.fromfile(path, "<i4", 3).tolist() + [0, 0, 0])[:3]
-    if magic in MAGICS:                                  # (as raw uint16 no token of gpt2's)
-        if version not in SHARDS:
-            raise ValueError(f"{path} is a shard of version {version}; known: {list(SHARDS)}")
-        promised = 1024 + count * np.dtype(SHARDS[version]).itemsize
-        if size != promised or count < 1:
-            raise ValueError(f"{path} has {size} bytes, but its header says {promised}: truncated?")
-        return np.memmap(path, SHARDS[version], "r", 1024)
-    if not size or size % 2:
-        raise ValueError(f"{path} has {size} bytes: neither a shard nor raw uint16 tokens")
-    return np.memmap(path, "<u2", "r")
+def read_text(file):
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error.reason}): convert it") from None
 
 
-def library_files():
-    """Every .py file of Python's standard library but its tests, in order of path."""
-    root, files = Path(sysconfig.get_paths()["stdlib"]), []
+def open_tokens(path, tokenizer):
+    """Ids of a .npy, of llm.c's shard (256 int32: magic, version, count; then ids), of raw ids."""
+    M, head, npy = vocab_size(tokenizer), np.fromfile(path, "<i4", 256), path.suffix == ".npy"
+    shard, raw = SHARDS.get(tuple(head[:2].tolist())), "<u4" if M > 2 ** 16 else "<u2"
+    try:
+        tokens = (np.load(path, mmap_mode="r") if npy else
+                  np.memmap(path, shard or raw, "r", 1024 * bool(shard)))
+        low, high = int(tokens.min()), int(tokens.max())
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    for wrong, what in (
+            (tokens.ndim > 1 or tokens.dtype.kind not in "iu", "no integers in one dimension"),
+            (shard and len(tokens) != head[2], f"{len(tokens)} ids, but {head[2]} by its header"),
+            (not npy and not shard and len(head) == 256 and not head[8:].any(),
+             "a header of another kind than llm.c's token files"),
+            (not npy and not (tokens[1:10000:2] > 3).any(),
+             f"ids of more than {raw[2]} bytes: give the --tokenizer that made them, or a .npy"),
+            (low < 0 or high >= M, f"ids {low} to {high}, but {tokenizer} has {M} tokens: give the "
+                                   f"--tokenizer that made them")):
+        if wrong:
+            raise UserError(f"{path} has {what}")
+    return tokens
+
+
+def corpus(path):
+    """The files of a corpus: one, those of a folder or a glob, Python's own if path is None."""
+    root, files = Path(path or Path(os.__file__).parent), []
     for folder, inside, names in os.walk(root):
-        inside[:] = set(inside) - NOT_CORPUS             # os.walk skips what is removed here
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not files:
-        raise ValueError(f"{root} has no .py files: this Python comes without sources; give --data")
-    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
+        inside[:] = [name for name in inside if name[0] != "." and (path or name not in NOT_CORPUS)]
+        files += [Path(folder, n) for n in names if n[0] != "." and (path or n.endswith(".py"))]
+    files = files or [root] * root.is_file() or [Path(name) for name in glob.glob(str(path))]
+    files = sorted(file for file in files if file.is_file() and file.stat().st_size)
+    if len({file.suffix in (".bin", ".npy") for file in files}) != 1:
+        raise UserError(f"--data {path} has {len(files)} files that hold something; permitted: a "
+                        f"file, a folder or a glob of text, or of only .bin and .npy")
+    return files
 
 
-def pieces(tokens):
-    return (tokens[i:i + PIECE] for i in range(0, len(tokens), PIECE))
+def split_files(files):
+    """
+    Training and validation files: as their names say, if some have `train` and some `val` in them;
+    else the tenth whose names have the smallest hashes is for validation.
+    """
+    root = os.path.commonpath([file.parent for file in files])
+    names = {file: Path(os.path.relpath(file, root)).as_posix() for file in files}
+    kinds = {file: re.findall("(?<![a-z])(train|val)(?:id|idation)?(?![a-z])", name.lower())[-1:]
+             for file, name in names.items()}
+    train, val = ([file for file in files if kinds[file] == [kind]] for kind in ("train", "val"))
+    if train and val:
+        return train, val
+    order = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(names[file])).digest())
+    cut = -(-len(files) // 10)
+    return sorted(order[cut:]), sorted(order[:cut])
 
 
 def load_tokens(path, tokenizer="bytes"):
     """
-    Token ids (n,) of a UTF-8 text file, of a folder of them (in order of path, as one text), or of
-    a .bin or .npy made with that tokenizer; of the default corpus if path is None. tokenizer is
-    "bytes" or any of tiktoken's. What is wrong with the data is a ValueError of one line, a path
-    that isn't there a FileNotFoundError.
+    Token ids (n,), memory-mapped if in one file: of UTF-8 text, or of .bin or .npy that were made
+    with this tokenizer ("bytes" or one of tiktoken's). path: a file, a folder, a glob, a list of
+    files; None: the sources of Python's standard library. Raises UserError for unusable data.
     """
-    M = vocab_size(tokenizer)                            # an unknown tokenizer is an error here
-    if path is None:
-        return tokenize(library_files(), tokenizer)
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix in (".npy", ".bin") and path.is_file():
-        tokens = open_tokens(path)
-        ends = [end for piece in pieces(tokens) for end in (piece.min(), piece.max())]
-        if min(ends) < 0 or max(ends) >= M:
-            raise ValueError(f"{path} has token ids {min(ends)} to {max(ends)}, beyond the {M} of "
-                             f"{tokenizer}: name the tokenizer it was made with, such as "
-                             f"--tokenizer gpt2")
-        return tokens
-    hidden = lambda f: any(part.startswith(".") for part in f.relative_to(path).parts)
-    files = [f for f in sorted(path.rglob("*")) if f.is_file() and not hidden(f)]
-    files = [path] if path.is_file() else files
-    if not files:
-        raise ValueError(f"{path} is a folder without files")
-    for f in files:
-        if f.suffix in (".npy", ".bin", ".parquet"):
-            raise ValueError(f"{f} is not text: give a .bin or .npy by its own path, and save the "
-                             f"text of a .parquet as .txt")
-    return tokenize(files, tokenizer)
+    files = path if isinstance(path, list) else corpus(path)
+    if files[0].suffix not in (".bin", ".npy"):
+        tokens = tokenize(files, tokenizer)
+    else:
+        shards = [open_tokens(file, tokenizer) for file in files]
+        tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    head = tokens[:1_000_000]
+    if tokenizer == "bytes" and np.mean((head < 9) | (13 < head) & (head < 32)) > 0.01:
+        raise UserError(f"{files[0]} is no text but control characters, perhaps ids of another "
+                        f"vocabulary: give the text itself, or the --tokenizer that made them")
+    return tokens
 
 
-def token_stats(tokens, tokenizer="bytes"):
-    """(how many, the vocabulary they need, bytes of text a token or None if unknown: offline)."""
-    n, least = len(tokens), int(tokens.max()) + 1
-    if tokenizer == "bytes":
-        return n, least, 1.0
-    try:
-        encoding = get_encoding(tokenizer)               # end-of-text tokens stand for no byte
-        count = sum(len(encoding.decode_bytes(piece[piece != encoding.eot_token].tolist()))
-                    for piece in pieces(tokens))
-    except ValueError:
-        return n, least, None
-    except KeyError as error:                            # an id between the vocabulary's
-        raise ValueError(f"these are not tokens of {tokenizer}: {error}") from None
-    return n, least, count / n
+def load_text(path, tokenizer="bytes"):
+    """A corpus as Text: whole files are for training or for validation, a tenth of a single one."""
+    files = corpus(path)
+    if len(files) == 1:
+        tokens = load_tokens(files, tokenizer)
+        train, val = np.split(tokens, [len(tokens) * 9 // 10])
+    else:
+        train, val = (load_tokens(part, tokenizer) for part in split_files(files))
+    digest = hashlib.sha256(train)
+    digest.update(val)
+    name = Path(path).name if path else f"Python {sys.version.split()[0]} standard library"
+    return Text(train, val, name, vocab_size(tokenizer), digest.hexdigest())
 
 
-# -------------------------------------------------------------------------------------------------
-# What `python tasks.py` prints
+def text_windows(tokens, starts, T):
+    """inputs, targets: int64 (B, T), the targets one token later; starts (B,)."""
+    if len(tokens) <= T:
+        raise UserError(f"--context is {T}, but the training or validation split has {len(tokens)} "
+                        f"tokens: lower --context, or give more text")
+    rows = tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64)   # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]
 
 
-def show(setting, seed):
+def text_batch(tokens, T, B, seed, step):
+    """B windows at random places, a function of seed and step."""
+    bits = np.random.PCG64(np.random.SeedSequence((seed, step))).random_raw(B)
+    starts = bits % np.uint64(max(len(tokens) - T, 1))
+    return text_windows(tokens, starts.astype(np.int64), T)
+
+
+def val_starts(tokens, T, most):
+    """Starts of at most `most` windows, at even distances and without a common target."""
+    count = min(most, (len(tokens) - 1) // T)
+    return np.linspace(0, len(tokens) - 1 - T, max(count, 0), dtype=np.int64)
+
+
+def show(setting):
     """One short test sequence, and the accuracies on the test data of the paper's baseline."""
-    width = len(str(setting.vocab_size - 1)) + 1
-    (x,), (y,) = generate(setting, 1, seed, "test")
+    width, base = len(str(setting.vocab_size - 1)) + 1, BASELINES[setting.task]
+    (x,), (y,) = generate(setting, 1, 0, "test")
     print(f"{setting.task}: {TASKS[setting.task].about}")
-    rows = {"input": x, "target": ["." if t == IGNORE else t for t in y],
-            "scored": ["" if t == IGNORE else "^" * len(str(t)) for t in y]}
-    for name, cells in rows.items():
+    for name, row in ("input", x), ("target", y), ("scored", np.where(y == IGNORE, "", "^")):
+        cells = ("." if cell == IGNORE else cell for cell in row.tolist())
         print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
-    base = BASELINES[setting.task]
-    inputs, targets = generate(base, base.num_test, seed, "test")
-    print(f"  At baseline (M {base.vocab_size}, T {base.seq_len}, {base.num_test} tests): oracle "
-          f"{accuracy(oracle(base, inputs, seed), targets):.3f}, chance {chance(base):.3f}, "
-          f"ceiling {ceiling(base):.3f}\n")
+    inputs, targets = generate(base, base.num_test, 0, "test")
+    print(f"  At baseline (M {base.vocab_size}, T {base.seq_len}): chance {chance(base):.3f}, "
+          f"oracle {accuracy(oracle(base, inputs), targets):.3f}, ceiling {ceiling(base):.3f}\n")
+
+
+def main():
+    parser = Parser(description="Show one small instance of each MAD task.")
+    parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help="only this one")
+    task = parser.parse_args().task
+    for name in [task] if task else TASKS:
+        T = {"compression": 16, "memorization": 20}.get(name, 28)
+        show(replace(BASELINES[name], seq_len=T, num_tokens_to_copy=6))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Show one small instance of each MAD task.")
-    parser.add_argument("--task", choices=list(TASKS), metavar="TASK",
-                        help=f"only this one of {', '.join(TASKS)}")
-    parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
-    args = parser.parse_args()
-    if args.seed < 0:
-        parser.error(f"--seed is {args.seed}; permitted: at least 0")
-    for task in [args.task] if args.task else TASKS:
-        T = {"compression": 16, "memorization": 20}.get(task, 28)
-        show(dataclasses.replace(BASELINES[task], seq_len=T, num_tokens_to_copy=6), args.seed)
+    run_main(main)
