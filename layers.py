@@ -199,6 +199,9 @@ def decayed_scores(q, k, log_a):
     from s in the first to t in the second the decay is that from s to the middle times that from
     the middle to t. Both are at most 1, and all such scores are one matrix product."""
     C = q.shape[-2]
+    if log_a.shape[-1] == 1:       # one decay a head: for each pair the sum of logs, s < i <= t
+        steps = log_a.expand(*log_a.shape[:-1], C).tril(-1).cumsum(-2)        # (.., t, s)
+        return (q @ k.mT) * steps.exp().tril(), log_a.cumsum(-2), steps[..., -1, :, None]
     if C == 1:
         return (q * k).sum(-1, keepdim=True), log_a, torch.zeros_like(log_a)
     q, k, log_a = (x.unflatten(-2, (2, C // 2)) for x in (q, k, log_a))       # (.., 2, C/2, K)
@@ -232,6 +235,66 @@ def gated_linear_scan(q, k, v, log_a=None, u=None):
         kv = upcast(k.mT @ v).transpose(1, 2)                                 # (B, n, H, K, V)
         S = linear_scan(total.transpose(1, 2)[..., None], kv).transpose(1, 2)
         y = y + F.pad(q[:, :, 1:] @ S[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    return y.flatten(2, 3)[:, :, :T]
+
+# -------------------------------------------------------------------------------------------------
+#   S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T,   y_t = S_t^T q_t    (b is beta)
+# The delta rule: what the state answers to k_t is moved towards v_t, by a share b_t. RWKV-7 removes
+# along another key than it writes:    S_t = diag(a_t) S_{t-1} - c_t (r_t^T S_{t-1}) + b_t k_t v_t^T
+# (the first is the case r = a k, c = b k).
+
+def delta_terms(k, beta, log_a, r, c):
+    """log_a, r and c with what None stands for."""
+    log_a = torch.zeros_like(beta) if log_a is None else log_a
+    return (log_a, log_a.exp() * k, beta * k) if r is None else (log_a, r, c)
+
+def delta_step(S, q, k, v, beta, log_a=None, r=None, c=None):
+    """S (B, H, K, V), q, k, r, c (B, H, K), v (B, H, V), beta (B, H, 1), log_a (B, H, K or 1)
+    -> y (B, H, V), S."""
+    S, q, k, v, beta = map(upcast, (S, q, k, v, beta))
+    log_a, r, c = delta_terms(k, beta, log_a, r, c)
+    removed = (r[..., None] * S).sum(-2, keepdim=True)                        # (B, H, 1, V)
+    S = log_a.exp()[..., None] * S - c[..., None] * removed + (beta * k)[..., None] * v[:, :, None]
+    return (q[..., None] * S).sum(-2), S
+
+def delta_scan_reference(q, k, v, beta, log_a=None, r=None, c=None):
+    """q, k, r, c (B, H, T, K), v (B, H, T, V), beta (B, H, T, 1), log_a (B, H, T, K or 1) <= 0
+    -> (B, H, T, V)."""
+    S, ys = upcast(q).new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for t in range(q.shape[2]):
+        inputs = (x if x is None else x[:, :, t] for x in (q, k, v, beta, log_a, r, c))
+        y, S = delta_step(S, *inputs)
+        ys.append(y)
+    return torch.stack(ys, 2)
+
+def delta_scan(q, k, v, beta, log_a=None, r=None, c=None, chunk=64):
+    """The same by chunks (a power of 2). With u_t = r_t^T S_{t-1}, what is removed, the recurrence
+    is a gated linear one that writes k_t v_t^T and -c_t u_t^T; inside a chunk u depends on earlier
+    u by a triangular matrix, which is solved for (the WY form), between chunks on the state."""
+    T, K, both = q.shape[2], q.shape[-1], [0, 0 if c is None else 1]
+    q, k, v, beta = map(upcast, (q, k, v, beta))
+    log_a, r, c = delta_terms(k, beta, log_a, r, c)
+    C = min(chunk, 1 << (T - 1).bit_length())
+    cut = lambda x: F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))         # (B, H, n, C, .)
+    q, k, v, r, c, log_a = map(cut, (q, beta * k, v, r, c, log_a))
+    with torch.autocast(q.device.type, enabled=False):        # a solve multiplies rounding errors
+        later = lambda x: F.pad(x[..., :-1, :], (0, 0, 1, 0))
+        # r_t reads S_{t-1}, as a query at time t - 1 would.
+        queries = torch.stack((q, F.pad(r[..., 1:, :], (0, 0, 0, 1))))[:, None]
+        keys = torch.stack((k, c)[:1 + both[1]])                              # one, if c is k
+        scores, to_t, from_s = decayed_scores(queries, keys, log_a)           # (2, 1 or 2, .., C)
+        (qk, qc), (rk, rc) = scores[0, both], later(scores[1, both])
+        r, q = r * later(to_t).exp(), q * to_t.exp()
+        eye = torch.eye(C, dtype=q.dtype, device=q.device)
+        W, U = torch.linalg.solve_triangular(eye + rc, torch.cat((r, rk @ v), -1), upper=False,
+                                             unitriangular=True).split((K, v.shape[-1]), -1)
+        k, c = (k * from_s.exp()).mT, (c * from_s.exp()).mT                   # (.., K, C)
+        total, move, write = to_t[..., -1, :, None].exp(), c @ W, k @ v - c @ U
+        S = [torch.zeros_like(write[:, :, 0])]                                # (B, H, K, V)
+        for i in range(write.shape[2] - 1):
+            S.append(total[:, :, i] * S[-1] - move[:, :, i] @ S[-1] + write[:, :, i])
+        S = torch.stack(S, 2)                                                 # (B, H, n, K, V)
+        y = (q - qc @ W) @ S + qk @ v - qc @ U
     return y.flatten(2, 3)[:, :, :T]
 
 # ===================================== What layers share =========================================
@@ -557,36 +620,42 @@ class MultiHeadHyena(Hyena):
 #                      v_t = x_t, q_t = C_t
 
 class GatedLinearRecurrence(Layer):
-    """What the next four layers share. Each has project(x) -> q, k, v, log_a, u (as arguments of
-    `gated_linear_scan`) and a gate; and readout(y (B, H, T, V), gate) -> (B, T, D). shifts:
-    `project` reads x_{t-1}, too, and `step` carries it. extra: columns that it adds to v."""
+    """What the next layers share. Each has project(x) -> q, k, v, log_a, u (as arguments of
+    `gated_linear_scan`; with delta_rule those of `delta_scan`) and a gate (B, T, .); and
+    readout(y (B, H, T, V), gate) -> (B, T, H V). reads: how many earlier tokens a projection looks
+    at, which `step` carries. extra: columns that it adds to v."""
 
-    shifts, extra, state_flops = False, 0, 5
+    extra, reads, delta_rule, state_flops = 0, 0, False, 5
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, key_width=None, inner=None):
         super().__init__()
-        check_divides("heads", heads, dim)
-        self.dim, self.heads, self.width = dim, heads, dim // heads
-        self.out = linear(dim, dim)
-        self.state_shapes = [(heads, self.width, self.width + self.extra)] + [(dim,)] * self.shifts
-        self.paper_state = dim * self.width
+        self.dim, self.heads, self.inner = dim, heads, inner or dim
+        check_divides("heads", heads, self.inner)
+        self.width, value_width = key_width or dim // heads, self.inner // heads
+        self.out = linear(self.inner, dim)
+        tail = [(self.reads, dim)] if self.reads else []
+        self.state_shapes = [(heads, self.width, value_width + self.extra)] + tail
+        self.paper_state = self.width * self.inner
 
     def forward(self, x):
-        before = [F.pad(x[:, :-1], (0, 0, 1, 0))] * self.shifts               # x_{t-1}
-        *inputs, gate = self.project(x, *before)
-        return self.out(self.readout(gated_linear_scan(*inputs), gate).to(x.dtype))
+        *inputs, gate = self.project(x)
+        scan = delta_scan if self.delta_rule else gated_linear_scan
+        return self.out(self.readout(scan(*inputs), gate).to(x.dtype))
 
     def step(self, x, state):
-        S, *before = state
-        *inputs, u, gate = self.project(x[:, None], *(b[:, None] for b in before))
-        inputs = (None if p is None else p[:, :, 0] for p in inputs)
-        y, S = gated_linear_step(S, *inputs, u)
+        S, *earlier = state
+        window = torch.cat((*earlier, x[:, None]), 1)                         # (B, reads + 1, D)
+        last = lambda p: p if p is None or p.ndim < 3 else p[..., -1:, :]     # (u has no time)
+        *inputs, gate = map(last, self.project(window))
+        inputs = (p if p is None or p.ndim < 4 else p[:, :, 0] for p in inputs)
+        y, S = (delta_step if self.delta_rule else gated_linear_step)(S, *inputs)
         y = self.readout(y[:, :, None], gate).to(x.dtype)
-        return self.out(y)[:, 0], [S] + [x] * self.shifts
+        return self.out(y)[:, 0], [S] + [window[:, 1:]] * len(earlier)
 
     def mixing_flops(self, T):
-        """An element of S and a token: decay 1, k v 1, sum 1, read 2."""
-        return self.state_flops * T * self.dim * (self.width + self.extra)
+        """An element of S and a token: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2."""
+        columns = self.inner // self.heads + self.extra
+        return self.state_flops * T * self.heads * self.width * columns
 
 class LinearAttention(GatedLinearRecurrence):
     """y_t = sum_{s <= t} f(q_t) . g(k_s) v_s / sum_{s <= t} f(q_t) . g(k_s)
@@ -644,7 +713,7 @@ class RWKV5(GatedLinearRecurrence):
     with r, k, v, g from mixtures of x_t and x_{t-1} (Peng et al. 2024, Eagle, section 4.1).
     Args: heads H. Here r is q, w log_rate; initial values are simpler than the authors'."""
 
-    shifts, mixes = True, 4
+    reads, mixes = 1, 4
 
     def __init__(self, dim, max_len, heads=8):
         super().__init__(dim, heads)
@@ -656,14 +725,15 @@ class RWKV5(GatedLinearRecurrence):
         self.norm_weight = nn.Parameter(torch.ones(heads, 1, self.width))
         self.norm_bias = nn.Parameter(torch.zeros(heads, 1, self.width))
 
-    def mixtures(self, x, before):
-        return x + (before - x) * self.mix[:, None, None].to(x.dtype)         # (mixes, B, T, D)
+    def mixtures(self, x):
+        past = F.pad(x[:, :-1], (0, 0, 1, 0)) - x                             # x_{t-1} - x_t
+        return x + past * self.mix[:, None, None].to(x.dtype)                 # (mixes, B, T, D)
 
     def log_decay(self, x):                               # RWKV-6 reads x; here only its length
         return -self.log_rate.exp().expand(1, x.shape[-2], -1)                # (1, T, D)
 
-    def project(self, x, before):
-        mixed = self.mixtures(x, before)
+    def project(self, x):
+        mixed = self.mixtures(x)
         q, k, v, gate = (W(m) for W, m in zip((self.r, self.k, self.v, self.g), mixed))
         q, k, v, log_a = (split_heads(p, self.heads)
                           for p in (q, k, v, self.log_decay(mixed[-1])))
@@ -686,8 +756,8 @@ class RWKV6(RWKV5):
         self.mix_up = nn.Parameter(torch.randn(5, mix_rank, dim) * 0.01)      # small at first
         self.decay_down, self.decay_up = linear(dim, decay_rank), linear(decay_rank, dim)
 
-    def mixtures(self, x, before):
-        past = before - x
+    def mixtures(self, x):
+        past = F.pad(x[:, :-1], (0, 0, 1, 0)) - x
         z = self.mix_down(x + past * self.mix_x.to(x.dtype)).tanh()           # (B, T, 5 rank)
         z = z.unflatten(-1, (5, -1)).movedim(-2, 0)                           # (5, B, T, rank)
         mix = self.mix[:, None, None] + z @ self.mix_up[:, None]              # (5, B, T, D)
@@ -699,6 +769,95 @@ class RWKV6(RWKV5):
 
     def matmul_flops(self, T):
         return super().matmul_flops(T) + 2 * T * self.mix_up.numel()
+
+class RWKV7(RWKV5):
+    """S_t = diag(a_t) S_{t-1} - b_t c_t (c_t^T S_{t-1}) + k_t v_t^T;  y_t = (norm(S_t^T r_t) +
+    (r_t . u k_t) v_t) * g_t, then W_o:  it forgets along c, the direction of k; a, b, g through low
+    ranks (Peng et al. 2025, Goose). Left out: the first layer's v, mixed into later ones."""
+
+    mixes, delta_rule, state_flops = 6, True, 9
+
+    def __init__(self, dim, max_len, heads=8, rank=32):
+        super().__init__(dim, max_len, heads)
+        self.g = None                                     # here of a low rank, like a and b
+        self.down = nn.ModuleList(linear(dim, rank) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(rank, dim) for _ in range(3))
+        self.remove, self.write = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+
+    def project(self, x):
+        xr, xk, xv, *low = self.mixtures(x)
+        acts = torch.tanh, nn.Identity(), torch.sigmoid
+        a, b, g = (up(act(down(m))) for up, act, down, m in zip(self.up, acts, self.down, low))
+        log_a = -math.exp(-0.5) * (self.log_rate + upcast(a)).sigmoid()       # a_t > 0.545
+        q, k, v, b = self.r(xr), self.k(xk), self.v(xv), b.sigmoid()
+        c, k = k * self.remove, k * (1 + (b - 1) * self.write)
+        q, k, v, b, c, log_a = (split_heads(p, self.heads) for p in (q, k, v, b, c, log_a))
+        c = F.normalize(upcast(c), dim=-1)
+        now = (q * self.bonus[:, None] * k).sum(-1, keepdim=True) * v         # (B, H, T, V)
+        gate = torch.cat((g, merge_heads(now)), -1)                           # (B, T, 2D)
+        return q, k, v, torch.ones_like(k[..., :1]), log_a, c, b * c, gate
+
+    def readout(self, y, gate):
+        gate, now = gate.chunk(2, -1)
+        y = F.layer_norm(upcast(y), (self.width,), eps=1e-5)                  # within each head
+        return (merge_heads(y * self.norm_weight + self.norm_bias) + now) * gate
+
+class DeltaNet(GatedLinearRecurrence):
+    """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T;  y_t = norm(S_t^T q_t) W_o
+    with a = 1 (Yang et al. 2024, DeltaNet); or, gated, a_t = sigmoid(x_t w)^A, one a head, and
+    norm(..) * silu(x_t W_g) (Yang et al. 2024, Gated DeltaNet). q, k, v pass a short convolution
+    and SiLU, q and k are normalised, b is a sigmoid.  Args: heads H; gated: 0 or 1."""
+
+    reads, delta_rule, state_flops = 3, True, 9
+
+    def __init__(self, dim, max_len, heads=8, gated=0):
+        super().__init__(dim, heads)
+        self.qkv, self.short = linear(dim, 3 * dim), ShortConv(3 * dim, self.reads + 1)
+        self.beta, self.norm = linear(dim, heads), RMSNorm(self.width)
+        self.gate, self.dt = (linear(dim, dim), nn.Linear(dim, heads)) if gated else (None, None)
+        self.A_log = nn.Parameter(torch.linspace(-4, 0, heads)) if gated else None
+
+    def project(self, x):
+        mixed = F.silu(self.short(self.qkv(x))).chunk(3, -1)
+        q, k, v = (split_heads(p, self.heads) for p in mixed)                 # (B, H, T, K)
+        q, k = (F.normalize(upcast(p), dim=-1) for p in (q, k))
+        beta, log_a = split_heads(upcast(self.beta(x)).sigmoid(), self.heads), None
+        if self.dt is not None:
+            log_a = self.A_log.exp() * F.logsigmoid(upcast(self.dt(x)))       # (B, T, H)
+            log_a = split_heads(log_a, self.heads)                            # (B, H, T, 1)
+        return q, k, v, beta, log_a, None if self.gate is None else self.gate(x)
+
+    def readout(self, y, gate):
+        y = merge_heads(self.norm(y))
+        return y if gate is None else y * F.silu(gate)
+
+class Mamba2(GatedLinearRecurrence):
+    """S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T;  y_t = norm((S_t^T C_t + D x_t) * silu(z_t)) W_o
+    (Dao & Gu 2024.) Mamba with one decay a head, and so GLA with k = B, q = C (one for all heads),
+    v = dt x. x, B, C pass a short convolution.  Args: expand: H V over D; state K; heads H."""
+
+    reads = 3
+
+    def __init__(self, dim, max_len, expand=2, state=4, heads=8):
+        super().__init__(dim, heads, state, expand * dim)
+        self.xBC, self.z_dt = linear(dim, self.inner + 2 * state), linear(dim, self.inner + heads)
+        self.short = ShortConv(self.inner + 2 * state, self.reads + 1, bias=True)
+        self.norm, self.D = RMSNorm(self.inner), nn.Parameter(torch.ones(heads, 1, 1))
+        self.dt_bias = nn.Parameter(torch.linspace(-6.9, -2.3, heads))        # dt from 0.001 to 0.1
+        self.A_log = nn.Parameter(torch.zeros(heads))
+
+    def project(self, x):
+        xBC = F.silu(self.short(self.xBC(x)))
+        v, k, q = xBC.split((self.inner, self.width, self.width), -1)
+        z, dt = self.z_dt(x).split((self.inner, self.heads), -1)
+        dt = split_heads(F.softplus(upcast(dt) + self.dt_bias), self.heads)   # (B, H, T, 1)
+        q, k = (p[:, None].expand(-1, self.heads, -1, -1) for p in (q, k))    # (B, H, T, K)
+        v, log_a = split_heads(v, self.heads), -self.A_log.exp()[:, None, None] * dt
+        return q, k, v * dt, log_a, None, torch.cat((z, merge_heads(self.D * v)), -1)
+
+    def readout(self, y, gate):
+        z, now = gate.chunk(2, -1)
+        return self.norm((merge_heads(y) + now) * F.silu(z))
 
 class Mamba(Layer):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = ((C_t . h_t + D x_t) * silu(z_t)) W_o
@@ -713,7 +872,7 @@ class Mamba(Layer):
         self.dt_B_C = linear(self.inner, dt_rank + 2 * state)
         self.dt_up = linear(dt_rank, self.inner)
         nn.init.uniform_(self.dt_up.weight, -dt_rank ** -0.5, dt_rank ** -0.5)
-        # softplus(dt_bias) is log-uniform in [0.001, 0.1]: state n forgets in 10/n to 1000/n tokens.
+        # softplus(dt_bias) is log-uniform in [0.001, 0.1]: h_n forgets in 10/n to 1000/n tokens.
         dt = torch.empty(self.inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(dt + (-torch.expm1(-dt)).log())           # inverse softplus
         self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(self.inner, 1))
@@ -793,22 +952,23 @@ class MoE(Layer):
 
 class RWKVChannelMixer(Layer):
     """y = sigmoid(x_r W_r) * relu(x_k W_k)^2 W_v, with x_r and x_k mixtures of x_t and x_{t-1}
-    (Peng et al. 2024.) RWKV-5 writes a mixture as m x_t + (1 - m) x_{t-1}, RWKV-6 as
-    x_t + m (x_{t-1} - x_t): one function, two names in the table.  Args: inner width."""
-    def __init__(self, dim, max_len, inner=None):
+    (Peng et al. 2024.) RWKV-5 writes them m x_t + (1 - m) x_{t-1}, RWKV-6 x_t + m (x_{t-1} - x_t),
+    which is the same; RWKV-7 has no sigmoid: receptance = 0.  Args: inner width; receptance."""
+    def __init__(self, dim, max_len, inner=None, receptance=1):
         super().__init__()
         inner = inner or 4 * dim
-        self.mix = nn.Parameter((torch.arange(dim) / dim).repeat(2, 1))
-        self.r, self.k, self.v = linear(dim, dim), linear(dim, inner), linear(inner, dim)
+        self.mix = nn.Parameter((torch.arange(dim) / dim).repeat(1 + receptance, 1))
+        self.k, self.v = linear(dim, inner), linear(inner, dim)
+        self.r = linear(dim, dim) if receptance else None
         self.state_shapes, self.paper_state = [(dim,)], dim
 
     def forward(self, x):
         return self.step(x, [F.pad(x[:, :-1], (0, 0, 1, 0))])[0]              # x_{t-1}
 
     def step(self, x, state):
-        past, (m_r, m_k) = state[0] - x, self.mix.to(x.dtype)
-        r, k = self.r(x + past * m_r), self.k(x + past * m_k)
-        return r.sigmoid() * self.v(k.relu().square()), [x]
+        past, mix = state[0] - x, self.mix.to(x.dtype)
+        y = self.v(self.k(x + past * mix[-1]).relu().square())
+        return y if self.r is None else self.r(x + past * mix[0]).sigmoid() * y, [x]
 
 # ================================ The table, with MAD's settings ================================
 # At width 128, two mixers with fixed state hold 4096 elements (of Mamba, four), the paper's common
@@ -829,11 +989,16 @@ LAYERS = {
     "rwkv5-time-mixer": (RWKV5, dict(heads=8)),
     "rwkv6-time-mixer": (RWKV6, dict(heads=8)),
     "mamba": (Mamba, dict(expand=2, state=4, kernel=4, dt_rank=8)),
+    "mamba2": (Mamba2, dict(expand=2, state=4, heads=8)),
+    "deltanet": (DeltaNet, dict(heads=8, gated=0)),
+    "gated-deltanet": (DeltaNet, dict(heads=8, gated=1)),
+    "rwkv7-time-mixer": (RWKV7, dict(heads=8, rank=32)),
     "mlp": (MLP, dict(expand=4)),
     "swiglu": (SwiGLU, dict()),
     "moe-mlp": (MoE, dict(experts=8, width=16, top_k=2)),
     "rwkv5-channel-mixer": (RWKVChannelMixer, dict()),
     "rwkv6-channel-mixer": (RWKVChannelMixer, dict()),
+    "rwkv7-channel-mixer": (RWKVChannelMixer, dict(receptance=0)),
 }
 
 def build_layer(name, dim, max_len, /, **overrides):

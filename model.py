@@ -33,7 +33,7 @@ def stripe(mixer, channel_mixer, n_blocks, attention_every=0, attention="mh-atte
     The paper's striping: n_blocks of (mixer, channel mixer) in which every `attention_every`-th
     mixer is attention (1: all, 2: 50%, 4: 25%, 12: 8.3%, 0: none). Returns a pattern.
     """
-    block = "mamba mamba" if mixer == "mamba" else f"{mixer} {channel_mixer}"   # it mixes both ways
+    block = f"{mixer} {mixer if mixer.startswith('mamba') else channel_mixer}"   # it mixes both
     return " ".join(f"{attention} {channel_mixer}" if attention_every and i % attention_every == 0
                     else block for i in range(1, n_blocks + 1))
 
@@ -42,7 +42,9 @@ BLOCKS = {"transformer": "mh-attention", "transformer-1head": "attention",
           "mh-linear-attention": "mh-linear-attention", "gla": "gated-linear-attention",
           "mh-gla": "mh-gated-linear-attention", "rwkv5": "rwkv5-time-mixer rwkv5-channel-mixer",
           "rwkv6": "rwkv6-time-mixer rwkv6-channel-mixer", "mamba": "mamba mamba",
-          "hyena": "hyena", "mh-hyena": "mh-hyena", "hyena-experts": "hyena-experts"}
+          "hyena": "hyena", "mh-hyena": "mh-hyena", "hyena-experts": "hyena-experts",
+          "mamba2": "mamba2 mamba2", "deltanet": "deltanet", "gated-deltanet": "gated-deltanet",
+          "rwkv7": "rwkv7-time-mixer rwkv7-channel-mixer"}
 BLOCKS = {name: block if " " in block else f"{block} swiglu" for name, block in BLOCKS.items()}
 BLOCKS |= {f"{name}-moe": BLOCKS[name].replace("swiglu", "moe-mlp")
            for name in ("transformer", "hyena", "mh-hyena", "hyena-experts")}

@@ -38,7 +38,6 @@ from train import Config, train
 
 # -- Runs and fits ---------------------------------------------------------------------------------
 
-
 class Runs(NamedTuple):
     """Training runs, float64 (n,) each."""
     N: np.ndarray
@@ -50,7 +49,6 @@ class Runs(NamedTuple):
     def take(self, rows):
         return Runs(*(column[rows] for column in self))
 
-
 def make_runs(N, D, loss, C=None, state=None):
     """Columns (n,) as Runs. UserError unless all but the state are positive and finite."""
     N, D, loss = (np.asarray(column, np.float64) for column in (N, D, loss))
@@ -59,12 +57,10 @@ def make_runs(N, D, loss, C=None, state=None):
         raise UserError("N, D, loss and C must be positive and finite in every run")
     return Runs(*columns, N * np.nan if state is None else np.asarray(state, np.float64))
 
-
 def budget_groups(C):
     """Indices of the runs of each budget, smallest first; budgets are more than 10% apart."""
     order = np.argsort(C, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(np.log(C[order])) > 0.1) + 1)
-
 
 @dataclass
 class Fit:
@@ -76,14 +72,12 @@ class Fit:
     def __post_init__(self):
         vars(self).update(self.estimates)
 
-
 def make_fit(rows, residuals, **more):
     """A Fit of rows: name -> (1 + bootstrap,), the estimate first, NaN: no optimum; and `more`."""
     good = {name: row[1:][np.isfinite(row[1:])] for name, row in rows.items()}
     return Fit({name: float(row[0]) for name, row in rows.items()} | more,
                {name: np.percentile(row, [2.5, 97.5]).tolist() for name, row in good.items()
                 if len(row) >= 20}, residuals)
-
 
 def resample(fitted, residuals, parameters, count, seed):
     """
@@ -93,7 +87,6 @@ def resample(fitted, residuals, parameters, count, seed):
     n, rng = len(residuals), np.random.default_rng(seed)
     widen = np.sqrt(n / (n - parameters)) if n > parameters else np.nan
     return fitted + widen * rng.choice(residuals - residuals.mean(), (count, len(fitted)))
-
 
 def fit_power_law(x, y, bootstrap=1000, seed=0):
     """y = k x^c through positive x, y (n,), by least squares in logs. UserError for one x."""
@@ -105,7 +98,6 @@ def fit_power_law(x, y, bootstrap=1000, seed=0):
     draws = resample(fitted, y - fitted, 2, bootstrap, seed)
     c, logk = solve @ np.vstack([y, draws]).T
     return make_fit(dict(k=np.exp(logk), c=c), y - fitted)
-
 
 def rank_correlation(x, y, permutations=9999, seed=0):
     """
@@ -121,16 +113,13 @@ def rank_correlation(x, y, permutations=9999, seed=0):
     p = (np.abs(orders @ ry) >= np.abs(rx @ ry) - 1e-9).mean()
     return SimpleNamespace(rho=float(rx @ ry / norm if norm else np.nan), p=float(p), n=n)
 
-
 # -- IsoFLOP parabolas: L = L* + curvature (log N - log N*)^2 at one budget -----------------------
 # They assume no law, but loss curves are lopsided, and parabolas are not.
-
 
 def near_optimum(runs):
     """One budget's runs within 4 times the size of the best one, at least four sizes of them."""
     ratio = lambda N: np.exp(np.abs(np.log(N / runs.N[runs.loss.argmin()])))
     return runs.take(ratio(runs.N) <= max(4, *np.sort(ratio(np.unique(runs.N)))[:4]) * 1.001)
-
 
 def parabola(runs, loss):
     """
@@ -149,7 +138,6 @@ def parabola(runs, loss):
         N=N, D=at_top(runs.N * runs.D) / N, state=at_top(runs.state), curvature=curvature,
         loss=q[2] - q[1] ** 2 / (4 * curvature))
 
-
 def vertex(runs):
     """The optimum of one budget's runs beside its best run; flag: why there is none, or ""."""
     near, best = near_optimum(runs), runs.loss.argmin()
@@ -157,7 +145,6 @@ def vertex(runs):
     flag = "" if runs.N.min() <= top["N"] <= runs.N.max() else "no minimum within its sizes"
     return dict(C=float(np.exp(np.log(runs.C).mean())), runs=len(runs.N), used=len(near.N), **top,
                 best_N=float(runs.N[best]), best_loss=float(runs.loss[best]), flag=flag)
-
 
 @np.errstate(all="ignore")                # a resample's optimum may be NaN, or out of sight
 def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, seed=0):
@@ -186,19 +173,16 @@ def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, see
     rows["loss_exponent"] *= -1
     return make_fit(rows, residuals, target=float(C), budgets=budgets)
 
-
 # -- The law L = E + A/N^alpha + B/D^beta, by two objectives --------------------------------------
 # Both take x = log N and y = log D less their means (else log A and alpha are all but collinear),
 # and return, for each of S problems, value (S,), gradient (S, P), curvature (S, P, P), and the law
 # E, A, B, alpha, beta in x and y (S, 5).
 HUBER = 1e-3          # residuals of log L beyond it count linearly, not squared
 
-
 def huber(r):
     """r^2 / 2 up to HUBER, and linear beyond, so that an outlier pulls no harder than HUBER."""
     small = np.minimum(np.abs(r), HUBER)
     return small * (np.abs(r) - small / 2)
-
 
 def parametric_objective(theta, loss, x, y):
     """
@@ -214,7 +198,6 @@ def parametric_objective(theta, loss, x, y):
     H = (J * w[:, None]) @ J.transpose(0, 2, 1)
     law = np.hstack([np.exp(e), np.exp(a), np.exp(b), alpha, beta])
     return huber(r).sum(1), (J @ (w * r)[..., None])[..., 0], H, law
-
 
 def projection_objective(theta, loss, x, y):
     """
@@ -234,7 +217,6 @@ def projection_objective(theta, loss, x, y):
     law = np.hstack([c[:, 2], c[:, 0], c[:, 1], rate[:, 0]])
     return (r * r).sum(1) / 2, (J * r[..., None]).sum(1), J.transpose(0, 2, 1) @ J, law
 
-
 @np.errstate(all="ignore")                # a step that is too long overflows, and isn't taken
 def minimise(objective, theta, target, steps):
     """Levenberg-Marquardt on S problems, theta (S, P), target (S, n) -> theta, value (S,)."""
@@ -253,7 +235,6 @@ def minimise(objective, theta, target, steps):
             break
     return theta, value
 
-
 def fit_parametric(N, D, loss, target=None, bootstrap=1000, seed=0):
     """
     The law by Huber loss on log L (approach 3 of Hoffmann et al. 2022): E, A, B, alpha, beta; for
@@ -266,12 +247,10 @@ def fit_parametric(N, D, loss, target=None, bootstrap=1000, seed=0):
     starts[:, :2] -= starts[:, 3:] * np.log([N, D]).mean(1)          # to centred logs
     return fit_law(parametric_objective, starts, N, D, loss, target, bootstrap, seed)
 
-
 def fit_variable_projection(N, D, loss, target=None, bootstrap=1000, seed=0):
     """The same by least squares on L (Golub and Pereyra 1973), which an outlier bends."""
     starts = np.array(list(itertools.product(np.log(np.geomspace(0.03, 3, 12)), repeat=2)))
     return fit_law(projection_objective, starts, N, D, loss, target, bootstrap, seed)
-
 
 @np.errstate(all="ignore")                # NaN where a resample has no optimum
 def fit_law(objective, starts, N, D, loss, target, bootstrap, seed):
@@ -305,21 +284,18 @@ def fit_law(objective, starts, N, D, loss, target, bootstrap, seed):
                     objective=float(huber(np.log(runs.loss / fitted)).sum()),
                     rss=float(((runs.loss - fitted) ** 2).sum()))
 
-
 # -- Findings (MAD paper, section 4) ---------------------------------------------------------------
-
 
 def fit_all(runs, **options):
     """Each method's Fit, or {"refused": why}, which hides no other answer."""
-    found, methods = {}, dict(isoflop=fit_isoflop, parametric=fit_parametric,
+    fits, methods = {}, dict(isoflop=fit_isoflop, parametric=fit_parametric,
                               variable_projection=fit_variable_projection)
     for name, method in methods.items():
         try:
-            found[name] = method(*(runs if name == "isoflop" else runs[:3]), **options)
+            fits[name] = method(*(runs if name == "isoflop" else runs[:3]), **options)
         except UserError as error:
-            found[name] = dict(refused=str(error))
-    return found
-
+            fits[name] = dict(refused=str(error))
+    return fits
 
 def hold_out(runs):
     """N* and L* of the largest budget as fits to the others predict them, and as measured."""
@@ -330,23 +306,21 @@ def hold_out(runs):
         name: dict(N=fit.N_target, loss=fit.loss_target) if isinstance(fit, Fit) else fit
         for name, fit in fits.items()}
 
-
 def analyse(runs, target=None, bootstrap=1000):
     """
     Fits; overtraining: the excess loss of 1/4 to 4 x N* at its budget; state_law: P* = k M^c at the
     optima; compute_N, if C isn't 6ND (N lacks embeddings, C doesn't): all again, N := C/(6D).
     """
-    found, N = fit_all(runs, target=target, bootstrap=bootstrap), runs.C / (6 * runs.D)
-    if isinstance(fit := found["isoflop"], Fit):
-        found["overtraining"] = {q: fit.curvature * np.log(q) ** 2 for q in (0.25, 0.5, 2, 4)}
+    result, N = fit_all(runs, target=target, bootstrap=bootstrap), runs.C / (6 * runs.D)
+    if isinstance(fit := result["isoflop"], Fit):
+        result["overtraining"] = {q: fit.curvature * np.log(q) ** 2 for q in (0.25, 0.5, 2, 4)}
         M, L = np.array([(row["state"], row["loss"]) for row in fit.budgets if not row["flag"]]).T
         if np.ptp(M) > 0.01 * M.mean():
-            found["state_law"] = fit_power_law(M, np.exp(L), bootstrap)
-    found["hold_out"] = hold_out(runs)
+            result["state_law"] = fit_power_law(M, np.exp(L), bootstrap)
+    result["hold_out"] = hold_out(runs)
     if np.abs(N / runs.N - 1).max() > 0.01:
-        found["compute_N"] = analyse(runs._replace(N=N), target, bootstrap)
-    return found
-
+        result["compute_N"] = analyse(runs._replace(N=N), target, bootstrap)
+    return result
 
 def compare(scores, archs):
     """A row a budget: rank correlation of {arch: score} with the best losses of {arch: Runs}."""
@@ -362,14 +336,12 @@ def compare(scores, archs):
         raise UserError("no budget has runs of three architectures with a score")
     return rows
 
-
 # -- Files, table, plots ---------------------------------------------------------------------------
 PUBLISHED = Path(__file__).parent / "results" / "mad" / "published.csv"
 MARKERS = "osD^vP*X<>phd8" * 3          # an architecture each
 
-
-def read_csv(path, words, numbers):
-    """The rows of a CSV file as dicts, with floats in number columns."""
+def read_csv(path, texts, floats):
+    """The rows of a CSV file, which has these columns of texts and of floats, as dicts."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -377,21 +349,20 @@ def read_csv(path, words, numbers):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} can't be read: {error}") from None
     head, rows = lines[0][1] if lines else [""], []
-    if missing := {*words, *numbers} - {*head}:
+    if missing := {*texts, *floats} - {*head}:
         marks = [f", separated by {mark!r}, not by commas" for mark in ";\t" if mark in head[0]]
         raise UserError(f"{path}: no column {min(missing)} in {', '.join(head)!r}{''.join(marks)}")
     for line, cells in lines[1:]:
         if len(cells) != len(head):
             raise UserError(f"{path}, line {line}: {len(cells)} cells under {len(head)} columns")
         rows.append(row := dict(zip(head, cells)))
-        for column in {*numbers, "C", "state"} & {*head}:
+        for column in {*floats, "C", "state"} & {*head}:
             try:
                 row[column] = float(row[column])
             except ValueError:
                 raise UserError(f"{path}, line {line}, {column}: {row[column]!r} is not a number "
                                 f"such as 1234.5 or 1.2e3") from None
     return rows
-
 
 def read_runs(path):
     """A CSV of runs -> {architecture: Runs}; without an arch column the name is "all"."""
@@ -401,20 +372,18 @@ def read_runs(path):
         archs.setdefault(row["arch"], []).append([row[name] for name in Runs._fields])
     return {arch: make_runs(*np.array(rows).T) for arch, rows in archs.items()}
 
-
 def read_scores(path):
     """{arch: records of train.py, best first} of a folder, or a CSV (arch, mean); {arch: mean}."""
-    records, found = [json.loads(p.read_text()) for p in sorted(Path(path).glob("*.json"))], {}
+    records, by_arch = [json.loads(p.read_text()) for p in sorted(Path(path).glob("*.json"))], {}
     for record in records or read_csv(path, ["arch"], ["mean"]):
         options = [f"{k}={v}" for k, v in record.get("options", {}).items() if k != "seed"]
-        found.setdefault(" ".join([record["arch"], *options]), []).append(record)
-    for arch, some in found.items():
+        by_arch.setdefault(" ".join([record["arch"], *options]), []).append(record)
+    for arch, some in by_arch.items():
         if len(some) > 1 and not records:
             print(f"note: {arch} has {len(some)} scores: their mean counts", file=sys.stderr)
     scores = {arch: float(np.mean([record.get("macro_mean", record["mean"]) for record in some]))
-              for arch, some in found.items()}
-    return {arch: found[arch] for arch in sorted(scores, key=scores.get, reverse=True)}, scores
-
+              for arch, some in by_arch.items()}
+    return {arch: by_arch[arch] for arch in sorted(scores, key=scores.get, reverse=True)}, scores
 
 def table(records, scores):
     """Markdown: accuracies in % averaged over classes, published ones beneath; how both rank."""
@@ -436,7 +405,6 @@ def table(records, scores):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
         f"\n\nSpearman's correlation of these scores with the paper's means: {rank.rho:.2f}, "
         f"n = {rank.n}, permutation p = {rank.p:.2g}")
-
 
 def plot(archs, scores):
     """Parabolas and optima; or, with scores, these against the losses of compare."""
@@ -474,7 +442,6 @@ def plot(archs, scores):
         ax.legend(fontsize=7)
     return figure
 
-
 # -- Runs to fit: IsoFLOP groups; (width, blocks) has about 12 blocks width^2 parameters -----------
 SHAPES = [(width, min(32, max(2, 2 * round(width / 128)))) for width in (
     16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280,
@@ -482,7 +449,6 @@ SHAPES = [(width, min(32, max(2, 2 * round(width / 128)))) for width in (
 COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr steps "
            "seed epochs context tokenizer data").split()
 KEY = ("arch", "budget", "width", "depth", "batch", "lr", "steps", "seed")
-
 
 def pattern_at(arch, width, depth):
     """`depth` blocks, with MAD's settings, which are for width 128, scaled to this one."""
@@ -495,7 +461,6 @@ def pattern_at(arch, width, depth):
         settings = ",".join(f"{key}={value}" for key, value in (scaled | given).items())
         words.append(f"{name}({settings})" if settings else name)
     return " ".join((words * depth)[:2 * depth])
-
 
 def isoflop_runs(args, vocab):
     """
@@ -524,7 +489,6 @@ def isoflop_runs(args, vocab):
                 pattern=pattern)] * (steps >= 50)
     return runs
 
-
 def sweep(args):
     """Train the runs that the CSV lacks, and append a row for each."""
     text, path = load_text(args.data, args.tokenizer), Path(args.out) / "runs.csv"
@@ -549,7 +513,6 @@ def sweep(args):
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
             writer.writerows([dict(zip(COLUMNS, COLUMNS))] * (not file.tell()) + [run])
 
-
 def report(name, value):
     """Text: a line for each fit and each dict of findings, intervals behind their estimates."""
     ends, value = getattr(value, "intervals", {}), getattr(value, "estimates", value)
@@ -560,7 +523,6 @@ def report(name, value):
     for key in (key for key in value if key not in text):
         for part in value[key] if isinstance(value[key], list) else [value[key]]:
             report(f"{name} {key}", part)
-
 
 def parse_args(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -592,7 +554,6 @@ def parse_args(argv):
             raise UserError(f"--{name} is {value}; permitted: above 0")
     return args
 
-
 def main(argv=None):
     args = parse_args(argv)
     if args.command == "sweep":
@@ -611,10 +572,9 @@ def main(argv=None):
         if not args.json:
             return report(args.command, result)
         if args.command == "fit":                         # on top: the only, or first, architecture
-            result = next(iter(result.values())) | dict(archs=result)
+            result = next(iter(result.values()), {}) | dict(archs=result)
         text = json.dumps(result, default=lambda fit: fit.estimates | dict(intervals=fit.intervals))
         print(json.dumps(json.loads(text, parse_constant=lambda nan: None)))
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -342,7 +342,6 @@ WIDTH = 128                                              # of the layers below
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 def layers_gap(a, b, floor=1e-12):
-    """Largest difference relative to the largest entry of b."""
     return ((a - b).abs().max() / b.abs().max().clamp(min=floor)).item()
 
 def layers_normal(*shape, seed=0):
@@ -380,6 +379,12 @@ def layers_recurrences(T, decay):
     for decays in (log_a, shared, None):
         for bonus in (None, layers_normal(3, 5, seed=7)):
             yield "gated_linear_scan", (q, k, v, decays, bonus)
+    unit = lambda seed: F.normalize(layers_normal(2, 3, T, 5, seed=seed).detach(), dim=-1)
+    k, r, beta = unit(2).requires_grad_(), unit(3), rate(2, 3, T, 1, seed=4) / decay
+    for decays in (log_a, shared, None):
+        yield "delta_scan", (q, k, v, beta.requires_grad_(), decays)
+    c = (rate(2, 3, T, 5, seed=5) / decay * r).requires_grad_()
+    yield "delta_scan", (q, k, v, beta, log_a, r.requires_grad_(), c)         # as RWKV-7
     a = (-rate(2, T, 3, 1, seed=8)).exp().requires_grad_()
     yield "linear_scan", (a, layers_normal(2, T, 3, 5))                       # a is broadcast
     x, dt = layers_normal(2, T, 6), rate(2, T, 6, seed=3).requires_grad_()
@@ -397,10 +402,9 @@ def layers_convolutions(T):
 
 @pytest.mark.parametrize("T", [1, 2, 7, 64, 127, 257])
 @pytest.mark.parametrize("decay", [0.1, 40.0, 1e4])
-@pytest.mark.parametrize("parts", [None, 3])             # of the batch, or of time, in the cache
+@pytest.mark.parametrize("parts", [1 << 30, 3])          # of the batch, or of time, in the cache
 def test_fast_paths_equal_their_loops(T, decay, parts, monkeypatch):
-    if parts:
-        monkeypatch.setattr(layers, "cached", lambda *_: parts)
+    monkeypatch.setattr(layers, "cached", lambda *_: parts)
     cases = [*layers_convolutions(T), *((*case, {}) for case in layers_recurrences(T, decay))]
     for name, inputs, named in cases:
         layers_agree(functools.partial(getattr(layers, name), **named),
@@ -428,10 +432,7 @@ def test_attention_on_a_gpu_gets_what_its_fused_kernels_take(monkeypatch):
 @every_layer
 def test_layer_equals_its_loops(name):
     layer = layers_make(name, torch.float64)
-
-    def loops(x, *_):
-        with mock.patch.dict(vars(layers), LOOPS):
-            return layer(x)
+    loops = mock.patch.dict(vars(layers), LOOPS)(lambda x, *_: layer(x))
     for T in (1, 7, 130):
         layers_agree(lambda x, *_: layer(x), loops,
                      (layers_normal(1, T, WIDTH), *layer.parameters()))
@@ -441,9 +442,8 @@ def test_layer_is_causal(name):
     layer, x = layers_make(name), layers_normal(1, 100, WIDTH).detach().float().requires_grad_()
     for t in (60, 0):
         grad, = torch.autograd.grad(layer(x)[0, t].square().sum(), x)
-        later = grad[0, t + 1:].abs().max()
-        exact = "hyena" not in name                      # an FFT mixes all times, to rounding
-        assert later == 0 if exact else later < 1e-6 * grad.abs().max()
+        leak = 1e-6 if "hyena" in name else 0            # an FFT mixes all times, to rounding
+        assert grad[0, t + 1:].abs().max() <= leak * grad.abs().max()
         assert grad[0, t].abs().max() > 0
 
 @every_layer
@@ -457,8 +457,7 @@ def test_step_equals_forward(name):
 
 LAYERS_GROW = {**dict.fromkeys(("attention", "mh-attention", "mh-hyena"), 2 * WIDTH),
                "hyena": 4 * WIDTH, "hyena-experts": WIDTH}                    # elements a token
-LAYERS_EXTRA = {**dict.fromkeys(("linear-attention", "mh-linear-attention", "rwkv5-time-mixer",
-                                 "rwkv6-time-mixer"), WIDTH), "mamba": 3 * 256}
+LAYERS_EXTRA = {"linear-attention": WIDTH, "mh-linear-attention": WIDTH, "mamba": 3 * 256}
 
 @every_layer
 def test_state_is_counted(name):
@@ -470,10 +469,12 @@ def test_state_is_counted(name):
     growth = LAYERS_GROW.get(name, 0)
     assert counts == [counts[0] + t * growth for t in range(40)]
     if not growth:
-        assert counts[0] == layer.nominal(40) + LAYERS_EXTRA.get(name, 0)
+        tails = getattr(layer, "reads", 0) * WIDTH + LAYERS_EXTRA.get(name, 0)
+        assert counts[0] == layer.nominal(40) + tails
 
 LAYERS_PAPER = {**dict.fromkeys(("hyena", "mh-hyena", "hyena-experts", "rwkv6-time-mixer"), 2048),
                 "mh-gated-linear-attention": 2048, "mamba": 1024, "mh-linear-attention": 1024,
+                "mamba2": 1024, "deltanet": 2048, "gated-deltanet": 2048, "rwkv7-time-mixer": 2048,
                 "linear-attention": WIDTH ** 2, "mh-attention": 2 * WIDTH * 64,
                 "sliding-attention": 2 * WIDTH * 32, "mlp": 0}                # at T = 64
 LAYERS_MIXING = {"mh-linear-attention": 4 * WIDTH * 9, "rwkv6-time-mixer": 5 * WIDTH * 16,
@@ -495,12 +496,11 @@ def test_flops_are_those_that_torch_counts(name):
     if isinstance(layer, layers.LinearAttention):        # multiplies weights, once a batch
         counted -= 8 * layer.width * WIDTH ** 2
     assert counted == layer.matmul_flops(48) <= layer.flops(48)
-    assert layer.flops(96) >= 2 * layer.flops(48) - 1    # (rounded to whole ones)
 
 @every_layer
 @pytest.mark.parametrize("scale", [1, 30])
 def test_bfloat16(name, scale):
-    """Within 5% (rms) of float32 at inputs of scale 1 and 30, with a gradient for every parameter."""
+    """Within 5% (rms) of float32 at inputs of scale 1 and 30; every parameter has a gradient."""
     layer = layers_make(name)
     x = (scale * torch.randn(2, 100, WIDTH)).requires_grad_()
     exact = layer(x)                                     # float32
@@ -509,7 +509,7 @@ def test_bfloat16(name, scale):
     grads = torch.autograd.grad(y.float().square().mean(), [x, *layer.parameters()])
     assert y.isfinite().all() and all(g.isfinite().all() and g.abs().sum() > 0 for g in grads)
     assert scale > 1 or 1 / 300 < exact.std() < 30
-    error = (y - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    error = ((y - exact).square().mean() / exact.square().mean()).sqrt()
     assert error < (0.05 if scale == 1 or "attention" not in name else 0.3)
 
 @pytest.mark.parametrize("name, backend", [
@@ -522,9 +522,13 @@ def test_layer_compiles_without_graph_breaks(name, backend):
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)
     layers_agree(lambda x, *_: compiled(x), lambda x, *_: layer(x), (x, *layer.parameters()), 1e-4)
 
-def test_routing():
+def test_museum_a_router_that_masks_before_its_softmax_turns_nobody_off():
+    """mad-lab's mlp.py: scores outside the top k become 0, and exp(0) = 1 is a vote."""
     router, x = layers.Router(WIDTH, 8, 2), torch.randn(500, WIDTH)
-    gates, chosen = router(x), router.score(x).topk(2).indices
+    score = router.score(x)
+    kept = torch.where(score >= score.topk(2).values[:, -1:], score, 0.0)
+    gates, chosen = router(x), score.topk(2).indices
+    assert (kept.softmax(-1) > 0).all() and (gates > 0).sum(-1).eq(2).all()
     assert torch.allclose(gates.gather(-1, chosen).sum(-1), torch.ones(500))
     with torch.autocast("cpu", torch.bfloat16):          # the same choice
         assert torch.equal(router(x), gates)
@@ -535,23 +539,32 @@ def test_routing():
 
 def test_experts_equal_their_loop():
     layer, x = layers_make("moe-mlp", torch.float64), layers_normal(3, 50, WIDTH)
-    expected = 0
+    w_in, w_out, expected = layer.w_in.weight, layer.w_out.weight, 0
     for e, share in enumerate(layer.router(x).unbind(-1)):
-        gate, up = (x @ layer.w_in.weight[e]).chunk(2, -1)
-        expected += share[..., None] * ((F.gelu(gate) * up) @ layer.w_out.weight[e])
+        gate, up = (x @ w_in[e]).chunk(2, -1)
+        expected += share[..., None] * ((F.gelu(gate) * up) @ w_out[e])
     assert layers_gap(layer(x), expected) < 1e-12
 
 def test_mamba_equals_an_implementation_by_others():
     mamba = pytest.importorskip("mambapy.mamba")
     theirs = mamba.MambaBlock(mamba.MambaConfig(16, n_layers=1, d_state=4, dt_rank=8)).double()
-    ours, names = build_layer("mamba", 16, 64).double(), dict(
-        xz="in_proj", dt_B_C="x_proj", dt_up="dt_proj", out="out_proj")
-    ours.load_state_dict({
-        **{f"{our}.weight": getattr(theirs, their).weight for our, their in names.items()},
-        "dt_bias": theirs.dt_proj.bias, "A_log": theirs.A_log, "D": theirs.D,
-        "short.taps": theirs.conv1d.weight[:, 0].flip(1), "short.bias": theirs.conv1d.bias})
+    weights = theirs.state_dict()
+    weights["conv1d.weight"] = weights["conv1d.weight"][:, 0].flip(1)
+    ours, names = build_layer("mamba", 16, 64).double(), (
+        "A_log D xz.weight short.taps short.bias dt_B_C.weight dt_up.weight dt_bias out.weight")
+    ours.load_state_dict(dict(zip(names.split(), weights.values())))
     x = torch.randn(2, 37, 16, dtype=torch.float64)
     assert (ours(x) - theirs(x)).abs().max() < 1e-10
+
+def test_rotary_positions_and_filters_fade():
+    q, k, table = torch.randn(1, 1, 8, 1), torch.randn(1, 1, 8, 1), layers.rotary_table
+    score = lambda t, s: (layers.rotate(q, table(torch.tensor([t]), 8)) *
+                          layers.rotate(k, table(torch.tensor([s]), 8))).sum()
+    assert abs(score(5, 2) - score(105, 102)) < 1e-4 < abs(score(5, 2) - score(5, 4))
+    f = layers.ImplicitFilter(4, 100, 3)
+    f.hidden[0].weight.data *= 0                         # no waves: the decay alone, from t = 1
+    h = f(152) / f(152)[:, 1:2]
+    assert abs(h[0, 151] - 0.01) < 1e-4 and abs(h[3, 31] - 0.01) < 1e-4
 
 @pytest.mark.parametrize("name, dim, settings, named", [
     ("mamab", 128, {}, "mamba"), ("mamba", 128, dict(heads=2), "expand"),
@@ -571,8 +584,7 @@ def test_mixing_shows_what_a_layer_reads(tmp_path, capsys):
     for name, expected in read.items():
         assert ((picture(name) > 0) == expected).all(), name
     layers.show_mixing({"mlp": picture("mlp")})
-    lines = capsys.readouterr().out.rstrip("\n").split("\n")[1:]
-    assert [len(line) for line in lines] == list(range(2, 82, 2))             # a diagonal
+    assert [*map(len, capsys.readouterr().out.split("\n")[1:41])] == [*range(2, 82, 2)]
     layers.show_mixing({"mlp": picture("mlp"), "mamba": picture("mamba")}, tmp_path / "two.png")
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
 
@@ -610,16 +622,8 @@ def test_weights_out_of_bounds_do_no_harm():
     for name, weight in (("rwkv6-time-mixer", "decay_up"), ("mh-linear-attention", "qkv")):
         layer = layers_make(name)
         getattr(layer, weight).weight.data *= 1e4
-        y = layer(torch.randn(2, 50, WIDTH))
-        grads = torch.autograd.grad(y.sum(), [*layer.parameters()])
-        assert y.isfinite().all() and all(g.isfinite().all() for g in grads)
-
-def test_museum_a_router_that_masks_before_its_softmax_turns_nobody_off():
-    """mad-lab's mlp.py: scores outside the top k become 0, and exp(0) = 1 is a vote."""
-    router, x = layers.Router(WIDTH, 8, 2), torch.randn(50, WIDTH)
-    score = router.score(x)
-    kept = torch.where(score >= score.topk(2).values[:, -1:], score, 0.0)
-    assert (kept.softmax(-1) > 0).sum(-1).eq(8).all() and (router(x) > 0).sum(-1).eq(2).all()
+        layer(torch.randn(2, 50, WIDTH)).sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 def test_museum_a_parent_that_initialises_everything_overwrites_mambas_dt():
     """mad-lab issue 3 and pull request 4: a loop over modules, after Mamba had set its bias."""
@@ -1070,9 +1074,8 @@ EXACT = scaling_law(N7, D7, **LAW)
 @pytest.mark.parametrize("law", [LAW, dict(E=0.9, A=30.0, B=9000.0, alpha=0.21, beta=0.52)])
 def test_scaling_law_without_noise_is_recovered(fit, law):
     found = fit(N7, D7, scaling_law(N7, D7, **law), target=1e22, bootstrap=20)
-    for name, value in law.items():
-        estimate = getattr(found, name), *found.intervals[name]
-        assert estimate == pytest.approx([value] * 3, rel=1e-4)
+    for name, v in law.items():
+        assert [getattr(found, name), *found.intervals[name]] == pytest.approx([v] * 3, rel=1e-4)
     assert found.a / found.b == pytest.approx(found.beta / found.alpha) and found.rss < 1e-10
     sizes = np.geomspace(1e7, 1e13, 200_001)             # the optimum, by looking everywhere
     losses = scaling_law(sizes, 1e22 / 6 / sizes, **law)
@@ -1121,9 +1124,9 @@ def test_scaling_parabola_reads_the_runs_near_the_best_one():
     assert tops[0] == tops[1] == pytest.approx(loss.min(), abs=0.01)
     few = scaling.make_runs(10.0 ** np.arange(5), D[:5], [1, 2, 3, 4, 5])
     assert scaling.near_optimum(few).N.tolist() == [1, 10, 100, 1000]
-    beyond = scaling.make_runs([1, 2, 4], [1, 1, 1], 1 + np.log(np.array([1, 2, 4]) / 8) ** 2)
-    assert scaling.vertex(beyond)["flag"]                # but a resample's vertex is not cut there
-    assert scaling.parabola(beyond, beyond.loss[None])[1]["N"] == pytest.approx([8])
+    beyond = scaling.make_runs([1, 2, 4], [4, 2, 1], 1 + np.log(np.array([1, 2, 4]) / 8) ** 2)
+    top = scaling.parabola(beyond, beyond.loss[None])[1]     # a resample's vertex is not cut there
+    assert [*top["N"], *top["D"]] == pytest.approx([8, 0.5]) and scaling.vertex(beyond)["flag"]
 
 @pytest.mark.parametrize("method, name", [("isoflop", "a"), ("projection", "alpha")])
 def test_scaling_intervals_cover(method, name):
@@ -1147,7 +1150,7 @@ def test_scaling_rank_correlation_of_published_tables(x, y, rho, p):
 @pytest.mark.parametrize("method, N, D, loss, word", [
     ("isoflop", N7[:7], D7[:7], EXACT[:7], "budgets"), ("isoflop", N7, D7, 10 - EXACT, "minimum"),
     ("isoflop", N7, D7, -EXACT, "positive"), ("projection", N7, 20 * N7, EXACT, "line"),
-    ("parametric", N7 * 0 + 1e8, D7, EXACT, "3 different")])
+    ("parametric", np.where(N7 > 1e9, 2e9, 1e9), D7, EXACT, "3 different")])
 def test_scaling_refuses_runs_that_cannot_tell(method, N, D, loss, word):
     with pytest.raises(UserError, match=word):
         FITS[method](N, D, loss, bootstrap=0)
@@ -1157,13 +1160,14 @@ def test_scaling_methods_differ_where_they_should():
     huber, squares = (FITS[k](N7, D7, loss, bootstrap=0) for k in ("parametric", "projection"))
     assert abs(huber.alpha - LAW["alpha"]) < 0.01 < abs(squares.alpha - LAW["alpha"])
     assert FITS["projection"](N7, D7, EXACT - 2.2, bootstrap=0).E == 0
-    found = scaling.analyse(scaling.make_runs(N7 ** 1.03, D7, EXACT, 6 * N7 * D7), bootstrap=0)
-    iso = scaling.fit_isoflop(N7, D7, EXACT, bootstrap=0)    # (C is not 6ND there)
+    loss = EXACT + 0.1 * (np.arange(35) >= 28)               # the largest budget is held out below
+    found = scaling.analyse(scaling.make_runs(N7 ** 1.03, D7, loss, 6 * N7 * D7), bootstrap=0)
+    iso = scaling.fit_isoflop(N7, D7, loss, bootstrap=0)     # (C is not 6ND there)
     assert found["compute_N"]["isoflop"].a == pytest.approx(iso.a) == pytest.approx(1 - iso.b)
     assert found["isoflop"].a == pytest.approx(1.03 * iso.a, rel=1e-3)
     held = found["compute_N"]["hold_out"]
     for name, rel in (("isoflop", 0.03), ("parametric", 1e-3), ("variable_projection", 1e-3)):
-        assert held[name]["loss"] == pytest.approx(held["measured"]["loss"], rel=rel)
+        assert held[name]["loss"] == pytest.approx(held["measured"]["loss"] - 0.1, rel=rel)
 
 def test_scaling_commands(tmp_path, capsys):
     (N, D), image = isoflop_sizes([1e18, 1e20], 5), tmp_path / "a.png"
