@@ -421,10 +421,10 @@ def causal_attention(q, k, v, window=None):
         k_i, v_i = torch.cat(k[first:i + 1], 2), torch.cat(v[first:i + 1], 2)
         t = torch.arange(q.shape[2], device=q.device)[:, None] + (i - first) * rows
         s = torch.arange(k_i.shape[2], device=q.device)
-        mask = torch.where((s <= t) & (s > t - (window or T)), 0.0, -torch.inf).to(q.dtype)
-        # v^T p^T, since p v has only K columns: a narrow product, slow on a CPU.
-        ys.append(v_i.mT @ (q @ k_i.mT + mask).softmax(-1).mT)                # (B, H, K, rows)
-    return torch.cat(ys, 3).mT
+        hidden = (s > t) | (s <= t - (window or T))
+        p = (q @ k_i.mT).masked_fill(hidden, -torch.inf).softmax(-1)          # (B, H, rows, s)
+        ys.append(p @ v_i)                                                    # (B, H, rows, K)
+    return torch.cat(ys, 2)
 
 def rotary_table(position, width):
     """cos and sin (2, K/2, T) of the angles t 10000^(-2i/K) (Su et al. 2021)."""

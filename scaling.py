@@ -14,6 +14,7 @@ architectures as their losses do (section 4 of the MAD paper, arXiv 2403.17844).
   python scaling.py plan                                    lists the runs at the paper's budgets
   python scaling.py fit results/sweep.csv [--json]          the laws, as text or one JSON object
   python scaling.py plot results/sweep.csv --out sweep.png  parabolas, optima, losses
+  python scaling.py curves out/*/log.jsonl --out curves.png learning curves
   python scaling.py table --mad results/mad/quick           MAD scores beside the published ones
   python scaling.py compare results/mad-loss.csv --mad results/mad/quick    (or plot: a picture)
 """
@@ -406,16 +407,34 @@ def table(records, scores):
         f"\n\nSpearman's correlation of these scores with the paper's means: {rank.rho:.2f}, "
         f"n = {rank.n}, permutation p = {rank.p:.2g}")
 
-def plot(archs, scores):
-    """Parabolas and optima; or, with scores, these against the losses of compare."""
+def canvas(rows, columns, **size):
+    """A matplotlib figure of that many axes. It is imported here: everything else runs without."""
     try:
         import matplotlib.figure
     except ImportError:
         raise UserError("plots need matplotlib: pip install matplotlib") from None
-    rows, columns = (1, 1) if scores else (len(archs) // 2 + 1, 2)
-    figure = matplotlib.figure.Figure((8, 3 * rows + columns % 2), dpi=100, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure = matplotlib.figure.Figure(dpi=100, layout="constrained", **size)
     shades = lambda n: matplotlib.colormaps["cividis"](np.linspace(0, 0.9, n))      # also in grey
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten(), shades
+
+def plot_curves(paths):
+    """Test accuracy against the step, of runs' log.jsonl; label: the file's or folder's name."""
+    figure, (ax,), shades = canvas(1, 1, figsize=(8, 3))
+    for path, marker, shade in zip(map(Path, paths), MARKERS, shades(len(paths))):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: give the log.jsonl of runs")
+        tests = [row for line in path.open() if "test_accuracy" in (row := json.loads(line))]
+        label = path.parent.name if path.stem == "log" else path.stem
+        ax.plot([row["step"] for row in tests], [row["test_accuracy"] for row in tests],
+                marker=marker, color=shade, label=label)
+    ax.set(xlabel="optimizer steps", ylabel="test accuracy, share of tokens", ylim=(0, 1.05))
+    ax.legend(loc="center right")
+    return figure
+
+def plot(archs, scores):
+    """Parabolas and optima; or, with scores, these against the losses of compare."""
+    rows, columns = (1, 1) if scores else (len(archs) // 2 + 1, 2)
+    figure, axes, shades = canvas(rows, columns, figsize=(8, 3 * rows + columns % 2))
     if scores:
         row = compare(scores, archs)[-1]
         for (arch, loss), marker, shade in zip(row["loss"].items(), MARKERS, shades(row["n"])):
@@ -527,13 +546,15 @@ def report(name, value):
 def parse_args(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, both = parser.add_subparsers(dest="command", required=True), "sweep plan"
-    sub = {name: commands.add_parser(name) for name in "sweep plan fit plot compare table".split()}
+    sub = {name: commands.add_parser(name)
+           for name in "sweep plan fit plot curves compare table".split()}
     listed = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     for names, option, settings in (
             ("fit plot compare", "runs", dict(help="CSV file: N, D, loss[, C, arch, state]")),
             ("compare table", "--mad", dict(required=True, help="scores of train.py, or a CSV")),
             ("plot", "--mad", dict(help="such scores, to draw instead of the sizes")),
-            ("plot", "--out", dict(required=True, help="image file, .png or .pdf")),
+            ("curves", "logs", dict(nargs="+", help="log.jsonl of runs")),
+            ("plot curves", "--out", dict(required=True, help="image file, .png or .pdf")),
             ("fit compare", "--json", dict(action="store_true", help="print JSON")),
             ("fit", "--target", dict(type=float, help="FLOPs to predict the optimum of")),
             (both, "--archs", dict(type=listed(str), default="transformer,hybrid", help="names")),
@@ -563,6 +584,8 @@ def main(argv=None):
             report("run", run)
     elif args.command == "table":
         print(table(*read_scores(args.mad)))
+    elif args.command == "curves":
+        plot_curves(args.logs).savefig(args.out)
     elif args.command == "plot":
         plot(read_runs(args.runs), args.mad and read_scores(args.mad)[1]).savefig(args.out)
     else:

@@ -29,21 +29,17 @@ import numpy as np
 
 IGNORE = -100        # torch's cross_entropy skips this target by default
 
-
 class UserError(ValueError):
     """A wrong option, pattern, setting or data file: one line, with what is permitted."""
-
 
 def unknown(kind, name, known):
     close = difflib.get_close_matches(str(name), known, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return UserError(f"{kind} is {name!r}; permitted: {', '.join(known)}{hint}")
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
-
 
 def run_main(main):
     """Runs a file's main. Exit codes: 2 UserError, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
@@ -66,10 +62,8 @@ def run_main(main):
     except BrokenPipeError:                                  # `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # Python flushes once more at its end
 
-
 # -------------------------------------------------------------------------------------------------
 # Settings, and random numbers that are the same on every machine
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -108,7 +102,6 @@ class Setting:
         """Positions of inputs and targets."""
         return generate(self, 1, 0, "test")[0].shape[1]
 
-
 def halves(setting):
     """Number of keys, ids [0, keys), and of values, ids [keys, keys + values)."""
     M = setting.vocab_size - setting.noise_vocab_size    # noise has the last ids
@@ -117,16 +110,11 @@ def halves(setting):
     M -= "fuzzy" in setting.task                         # id M-1 pads
     return M // 2, M - M // 2
 
-
 BLOCK = 256          # sequences drawn from one stream: their arrays fit the processor's cache
 
-
 def dice(setting, seed, *label):
-    """
-    A function draw(high, *shape) -> (BLOCK, *shape) int64, uniform in [0, high), high <= 2^32. Its
-    stream depends on the fields that differ from their defaults: a new field leaves the data of old
-    settings as they are. Fewer training data are the first of more: their number doesn't count.
-    """
+    """A function draw(high, *shape) -> (BLOCK, *shape) int64, uniform in [0, high), high <= 2^32.
+    Its stream depends on the fields that are not at their defaults, but for the numbers of data."""
     changed = [f"{f.name}={getattr(setting, f.name)}" for f in fields(setting)
                if getattr(setting, f.name) != f.default and f.name not in ("num_train", "num_test")]
     name = " ".join(map(str, (*changed, seed, *label)))
@@ -143,7 +131,6 @@ def dice(setting, seed, *label):
 
     return draw
 
-
 def first_shown(codes):
     """codes (B, P) -> (B, P), for each place the first place of its row that has the same code."""
     rows, P = codes.shape
@@ -151,10 +138,8 @@ def first_shown(codes):
     _, first, which = np.unique(apart, return_index=True, return_inverse=True)
     return first[which].reshape(rows, P) % P
 
-
 # -------------------------------------------------------------------------------------------------
 # The tasks: (setting, draw, split, seed) -> inputs, targets of one block, and their oracles
-
 
 def motifs(draw, num_tokens, L, P):
     """(B, P, L) motifs without a repeated token."""
@@ -165,15 +150,12 @@ def motifs(draw, num_tokens, L, P):
         motif = np.concatenate([motif, token], 2)
     return motif
 
-
 def recall(setting, draw, split, seed):
-    """
-    key value key value ... key value: a key has one value, drawn anew for each sequence, and the
-    last pair repeats one of those before it. Trained on every next token, tested on the values of
-    keys shown before. Noisy: some pairs are two tokens of noise. Fuzzy: keys and values are motifs
-    of 1 to L tokens (of L, the keys of a test) after some pads; they share no token, so that a key
-    ends where a value begins, but only its earlier appearance tells where a value ends.
-    """
+    """key value key value ... key value: a key has one value, drawn anew for each sequence, and the
+    last pair repeats one before it. Trained on every next token, tested on the values of keys shown
+    before. Noisy: some pairs are two tokens of noise. Fuzzy: keys and values are motifs of 1 to L
+    tokens (a test's keys of L) after some pads; a key ends where a value, of other tokens, begins,
+    but only its earlier appearance tells where a value ends."""
     (keys, values), T, P = halves(setting), setting.seq_len, setting.seq_len // 2
     L, slot = setting.max_motif if "fuzzy" in setting.task else 1, np.arange(P)
     pair = np.stack([motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)], 2)
@@ -204,7 +186,6 @@ def recall(setting, draw, split, seed):
     tokens[end], scored[end] = pair[exists], answer[exists]
     return tokens[:, :-1], np.where(scored, tokens, IGNORE)[:, 1:]       # the next token
 
-
 def recall_oracle(setting, inputs, seed):
     """The rule of induction heads: what followed this key, and this much of a value, before?"""
     (keys, values), L = halves(setting), setting.max_motif if "fuzzy" in setting.task else 1
@@ -220,12 +201,9 @@ def recall_oracle(setting, inputs, seed):
             previous = token
     return answers
 
-
 def selective_copying(setting, draw, split, seed):
-    """
-    n tokens, blanks among them, the copy token, n blanks at which the n tokens are the targets: T
-    in all, so T - 2n - 1 blanks are inserted. As in mad-lab each picks the token it stands before.
-    """
+    """n tokens, T - 2n - 1 blanks among them, the copy token, n blanks where the n tokens are the
+    targets. As in mad-lab each inserted blank picks the token it stands before."""
     n, T, M = setting.num_tokens_to_copy, setting.seq_len, setting.vocab_size
     token, owner = draw(M - 2, n), draw(n, T - 2 * n - 1)
     owner += n * np.arange(BLOCK)[:, None]                               # one histogram for all
@@ -236,13 +214,11 @@ def selective_copying(setting, draw, split, seed):
     targets[:, T - n:] = token
     return inputs, targets
 
-
 def copying_oracle(setting, inputs, seed):
     n, answers = setting.num_tokens_to_copy, np.full_like(inputs, -1)
     blank = inputs >= setting.vocab_size - 2             # or the copy token; the others come first
     answers[:, -n:] = np.take_along_axis(inputs, blank.argsort(1, kind="stable")[:, :n], 1)
     return answers
-
 
 def compression(setting, draw, split, seed):
     """T-1 random tokens and the compression token, which is a target too, as in mad-lab."""
@@ -250,14 +226,12 @@ def compression(setting, draw, split, seed):
     inputs[:, -1] = setting.vocab_size - 1
     return inputs, inputs
 
-
 def memorization(setting, draw, split, seed):
     """key insert key insert ...; at the insert token the target is the value, never shown."""
     inputs = draw(halves(setting)[0], setting.seq_len)
     inputs[:, 1::2] = setting.vocab_size - 1
     targets = memorization_oracle(setting, inputs, seed)
     return inputs, np.where(targets < 0, IGNORE, targets)
-
 
 def memorization_oracle(setting, inputs, seed):
     """The map from keys to values belongs to setting and seed: both splits share it."""
@@ -267,10 +241,8 @@ def memorization_oracle(setting, inputs, seed):
     answers[:, 1::2] = facts[inputs[:, 0::2]]
     return answers
 
-
 # -------------------------------------------------------------------------------------------------
 # The table. To add a task: its function, its oracle, a line here and its baseline below.
-
 
 @dataclass(frozen=True)
 class Task:
@@ -281,7 +253,6 @@ class Task:
     chance: callable = lambda setting: 1 / halves(setting)[1]            # one of the values
     even: bool = False         # seq_len must be
     backbone: str = "lm"       # the kind of model (model.py) that it needs
-
 
 TASKS = {
     "in-context-recall": Task(
@@ -320,7 +291,6 @@ CHANGES = {          # what makes a task harder, one variable at a time
     "compression": {**RECALL, "seq_len": (64, 128, 256)},
     "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)}}
 
-
 def mad_settings(task=None):
     """The protocol's 66 settings, or those of one task; a baseline comes before its changes."""
     if task and task not in BASELINES:
@@ -329,38 +299,29 @@ def mad_settings(task=None):
             for change in [{}, *({field: value} for field, values in CHANGES.get(name, {}).items()
                                  for value in values)]]
 
-
 def generate(setting, n, seed, split):
-    """
-    inputs, targets: int64 (n, T), of recall (n, T - 1); the same for the same arguments on every
-    machine, and the first n of more. The splits "train" and "test" come from independent streams:
-    they share a sequence only by chance, where few are possible.
-    """
+    """inputs, targets: int64 (n, T), of recall (n, T - 1), the same on every machine, and the first
+    n of more. The splits "train" and "test" come from independent streams."""
     blocks = [TASKS[setting.task].make(setting, dice(setting, seed, split, i), split, seed)
               for i in range(0, n, BLOCK)]
     return tuple(np.concatenate(arrays)[:n] for arrays in zip(*blocks))
-
 
 def oracle(setting, inputs, seed=0):
     """Right answers by a rule that reads inputs[:, :t+1] (compression: all); -1 where open."""
     return TASKS[setting.task].oracle(setting, inputs, seed)
 
-
 def chance(setting):
     """Expected test accuracy of a blind guess: 1 in the number of possible answers."""
     return TASKS[setting.task].chance(setting)
-
 
 def ceiling(setting):
     """Expected test accuracy of a perfect memory: 1, or the share of facts in the training data."""
     draws = setting.num_train * setting.seq_len // 2
     return 1 - (1 - 1 / halves(setting)[0]) ** draws if setting.task == "memorization" else 1.0
 
-
 def accuracy(predictions, targets):
     """Share of the scored positions that are right."""
     return float((predictions == targets)[targets != IGNORE].mean())
-
 
 # -------------------------------------------------------------------------------------------------
 # Text: arrays of token ids
@@ -372,7 +333,6 @@ SHARDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}    # llm.c's magic and ver
 PIECE = re.compile(r"(?s).{1,4000000}(?:(?<=[^\W_])(?=\r?\n)|\Z)|.{1,4000000}")
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 Text = namedtuple("Text", "train val name vocab_size sha256")            # of load_text
-
 
 @functools.cache
 def get_encoding(name):
@@ -388,10 +348,8 @@ def get_encoding(name):
         raise UserError(f"tokenizer {name} can't be loaded ({reason}): use --tokenizer bytes, or "
                         f"copy tiktoken's cache here and set TIKTOKEN_CACHE_DIR to it") from None
 
-
 def vocab_size(tokenizer):
     return SIZES.get(tokenizer) or get_encoding(tokenizer).n_vocab
-
 
 def encode(text, tokenizer):
     """Ids of a text; what looks like a special token is text like any other."""
@@ -400,7 +358,6 @@ def encode(text, tokenizer):
     if re.search(r"(^|\S)\s{500000}", text):
         raise UserError("text with 500,000 spaces in a row is too much for tiktoken: shorten them")
     return get_encoding(tokenizer).encode_ordinary(text)
-
 
 def token_bytes(token, tokenizer):
     """The text of a token: none of a special one, U+FFFD of an id without a token."""
@@ -413,7 +370,6 @@ def token_bytes(token, tokenizer):
     special = text.decode(errors="replace") in get_encoding(tokenizer).special_tokens_set
     return b"" if special else text
 
-
 def bytes_per_token(targets, tokenizer):
     """Mean bytes of text of a target; None if tiktoken's table is out of reach."""
     ids, counts = np.unique(targets, return_counts=True)
@@ -423,15 +379,13 @@ def bytes_per_token(targets, tokenizer):
         return None
     return float(counts @ sizes / counts.sum())
 
-
 def tokenize(files, tokenizer):
     """Ids of text files, from a cache on disk if files of this content were tokenized before."""
     from tqdm import tqdm
     if tokenizer == "bytes" and len(files) == 1:
         return np.memmap(files[0], np.uint8, "r")
-    home = os.path.expanduser("~")
-    cache = Path(home if os.access(home, os.W_OK) else tempfile.gettempdir(), ".cache", "nanomad")
-    cache = Path(os.environ.get("NANOMAD_CACHE") or cache)
+    home = os.environ.get("NANOMAD_CACHE") or os.path.expanduser("~/.cache/nanomad")
+    cache = Path(home if home[0] != "~" else tempfile.gettempdir())      # ~: there is no home
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
     path = cache / f"{digest.hexdigest()}-{tokenizer}.bin"
     dtype = np.min_scalar_type(vocab_size(tokenizer) - 1)                # uint8, uint16 or uint32
@@ -445,13 +399,11 @@ def tokenize(files, tokenizer):
             os.replace(out.name, path)
     return np.memmap(path, dtype, "r")
 
-
 def read_text(file):
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text ({error.reason}): convert it") from None
-
 
 def open_tokens(path, tokenizer):
     """Ids of a .npy, of llm.c's shard (256 int32: magic, version, count; then ids), of raw ids."""
@@ -476,7 +428,6 @@ def open_tokens(path, tokenizer):
             raise UserError(f"{path} has {what}")
     return tokens
 
-
 def corpus(path):
     """The files of a corpus: one, those of a folder or a glob, Python's own if path is None."""
     root, files = Path(path or Path(os.__file__).parent), []
@@ -490,30 +441,24 @@ def corpus(path):
                         f"file, a folder or a glob of text, or of only .bin and .npy")
     return files
 
-
 def split_files(files):
-    """
-    Training and validation files: as their names say, if some have `train` and some `val` in them;
-    else the tenth whose names have the smallest hashes is for validation.
-    """
+    """Training and validation files: by `train` and `val` in their paths, if both occur; else the
+    tenth whose paths have the smallest hashes is for validation."""
     root = os.path.commonpath([file.parent for file in files])
     names = {file: Path(os.path.relpath(file, root)).as_posix() for file in files}
-    kinds = {file: re.findall("(?<![a-z])(train|val)(?:id|idation)?(?![a-z])", name.lower())[-1:]
-             for file, name in names.items()}
-    train, val = ([file for file in files if kinds[file] == [kind]] for kind in ("train", "val"))
-    if train and val:
-        return train, val
+    kind = lambda file: re.findall("(?<![a-z])(train|val)(?:id|idation)?(?![a-z])",
+                                   names[file].lower())[-1:]
+    named = [[file for file in files if kind(file) == [word]] for word in ("train", "val")]
+    if all(named):
+        return named
     order = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(names[file])).digest())
     cut = -(-len(files) // 10)
     return sorted(order[cut:]), sorted(order[:cut])
 
-
 def load_tokens(path, tokenizer="bytes"):
-    """
-    Token ids (n,), memory-mapped if in one file: of UTF-8 text, or of .bin or .npy that were made
-    with this tokenizer ("bytes" or one of tiktoken's). path: a file, a folder, a glob, a list of
-    files; None: the sources of Python's standard library. Raises UserError for unusable data.
-    """
+    """Token ids (n,), memory-mapped if in one file: of UTF-8 text, or of .bin or .npy, made with
+    this tokenizer ("bytes" or one of tiktoken's). path: a file, a folder, a glob, a list of
+    files; None: Python's own sources. Raises UserError for unusable data."""
     files = path if isinstance(path, list) else corpus(path)
     if files[0].suffix not in (".bin", ".npy"):
         tokens = tokenize(files, tokenizer)
@@ -525,7 +470,6 @@ def load_tokens(path, tokenizer="bytes"):
         raise UserError(f"{files[0]} is no text but control characters, perhaps ids of another "
                         f"vocabulary: give the text itself, or the --tokenizer that made them")
     return tokens
-
 
 def load_text(path, tokenizer="bytes"):
     """A corpus as Text: whole files are for training or for validation, a tenth of a single one."""
@@ -540,7 +484,6 @@ def load_text(path, tokenizer="bytes"):
     name = Path(path).name if path else f"Python {sys.version.split()[0]} standard library"
     return Text(train, val, name, vocab_size(tokenizer), digest.hexdigest())
 
-
 def text_windows(tokens, starts, T):
     """inputs, targets: int64 (B, T), the targets one token later; starts (B,)."""
     if len(tokens) <= T:
@@ -549,19 +492,16 @@ def text_windows(tokens, starts, T):
     rows = tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64)   # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
-
 def text_batch(tokens, T, B, seed, step):
     """B windows at random places, a function of seed and step."""
     bits = np.random.PCG64(np.random.SeedSequence((seed, step))).random_raw(B)
     starts = bits % np.uint64(max(len(tokens) - T, 1))
     return text_windows(tokens, starts.astype(np.int64), T)
 
-
 def val_starts(tokens, T, most):
     """Starts of at most `most` windows, at even distances and without a common target."""
     count = min(most, (len(tokens) - 1) // T)
     return np.linspace(0, len(tokens) - 1 - T, max(count, 0), dtype=np.int64)
-
 
 def show(setting):
     """One short test sequence, and the accuracies on the test data of the paper's baseline."""
@@ -575,7 +515,6 @@ def show(setting):
     print(f"  At baseline (M {base.vocab_size}, T {base.seq_len}): chance {chance(base):.3f}, "
           f"oracle {accuracy(oracle(base, inputs), targets):.3f}, ceiling {ceiling(base):.3f}\n")
 
-
 def main():
     parser = Parser(description="Show one small instance of each MAD task.")
     parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help="only this one")
@@ -583,7 +522,6 @@ def main():
     for name in [task] if task else TASKS:
         T = {"compression": 16, "memorization": 20}.get(name, 28)
         show(replace(BASELINES[name], seq_len=T, num_tokens_to_copy=6))
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,6 +1,6 @@
 """
-Every claim of the README and the docstrings, as a test: `python test_all.py`, or pytest. In the order of
-the files. A new line in LAYERS, TASKS or ARCHS is tested by what is parametrized over them.
+Every claim of the README and the docstrings, as a test: `python test_all.py`, or pytest. A new line
+in LAYERS, TASKS or ARCHS is tested by what is parametrized over them.
 """
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1015,6 +1016,14 @@ MISTAKES = [
     ("train.py", "--task mad --shard 3of2", "shard"),
     ("train.py", "--task mad --shard 2/2", "shard"),
     ("train.py", "--task mad --lr 3e-4", "lr"),
+    ("scaling.py", "sweep --archs hybird --out x", "hybrid"),
+    ("scaling.py", "plan --sizes 0", "sizes"),
+    ("scaling.py", "fit none.csv", "none.csv"),
+    ("scaling.py", "table", "mad"),
+    ("scaling.py", "curves none.jsonl --out x.png", "none.jsonl"),
+    ("layers.py", "--layers hyenas", "hyena"),
+    ("layers.py", "--show hyenas", "hyena"),
+    ("tasks.py", "--task recall", "task"),
     ("model.py", "hyber", "hyber"),
     ("model.py", "--show nothing", "nothing"),
 ]
@@ -1049,6 +1058,34 @@ def test_half_set_distributed_variables_are_named(env, monkeypatch):
 def test_help_works_without_docstrings(name):
     done = script("-OO", f"{name}.py", "-h")
     assert done.returncode == 0 and "usage" in done.stdout and not done.stderr
+
+# =================================================================================================
+# README.md
+# =================================================================================================
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+def test_the_readmes_layer_works_as_pasted(tmp_path):
+    layer, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    place = "\ndef build_layer"
+    for name in ("tasks", "layers", "model", "train"):
+        source = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        (tmp_path / f"{name}.py").write_text(source.replace(place, "\n" + layer + place))
+    done = script("train.py", "--layers", "retention swiglu", "--num-train", 320, "--dim", 32,
+                  "--batch-size", 32, "--steps", 5, "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0 and "test accuracy" in done.stdout, done.stderr
+
+def test_readme_names_only_options_and_files_that_exist():
+    helps = {name: script(f"{name}.py", "-h").stdout for name in ("train", "layers", "model")}
+    for name, words in re.findall(r"python (train|layers|model)\.py ([^`\n#]*)", README):
+        for option in re.findall(r"--[a-z-]+", words):
+            assert option in helps[name], (name, option)
+    for path in re.findall(r"\b(?:results|assets)/[\w./-]*\w", README):
+        assert (HERE / path).exists(), path
+
+def test_readme_shows_the_recorded_scores():
+    table = (HERE / "results/mad/table.md").read_text(encoding="utf-8").strip()
+    assert table in README
 
 LAW = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)   # Besiroglu et al. 2024
 FITS = dict(isoflop=scaling.fit_isoflop, parametric=scaling.fit_parametric,
@@ -1251,6 +1288,13 @@ def test_scaling_sizes_and_costs_of_every_architecture(arch):
     costs = model.total(model.ledger(model.Model(run["pattern"], 256, run["width"], 64), 64))
     assert (run["N_total"], run["state"]) == (costs.parameters, costs.nominal)
     assert run["C"] == 3 * costs.flops * run["batch"] * run["steps"] == pytest.approx(1e12, rel=.01)
+
+def test_learning_curves_are_drawn(tmp_path):
+    log = tmp_path / "hybrid.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "test_accuracy": 0.5}\n')
+    ax, = scaling.plot_curves([log]).axes
+    line, = ax.lines
+    assert line.get_xydata().tolist() == [[2, 0.5]] and line.get_label() == "hybrid"
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))

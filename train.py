@@ -125,7 +125,6 @@ def parse_args(argv=None):
     config = Config(**vars(parser.parse_args(argv)))
     if config.resume is None:
         return config
-
     path = Path(config.resume, "config.json").resolve()
     if changed(config) or not path.is_file():
         raise UserError(f"--resume {config.resume}: needs a run's folder, with config.json, whose "
@@ -173,7 +172,6 @@ def check(config):
             raise unknown("--tasks", task, tasks.TASKS)
     if config.task == "mad":
         return config
-
     if text:
         batch_size, epoch = config.batch_size or 32, 0
     else:
@@ -446,8 +444,8 @@ class Diverged(UserError):
 @contextlib.contextmanager
 def catch_signals():
     """A list to which Ctrl-C, SIGTERM, SIGHUP add their numbers; the same one again interrupts."""
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
-    caught, before = [], {number: signal.getsignal(number) for number in numbers}
+    caught, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def handler(number, frame):
         caught.append(number)
@@ -552,9 +550,8 @@ def train(config, verbose=True, bar=None):
     write(folder / "result.json", result)
     return result
 
-def print_summary(result):
-    """What came out of a run, and what to try next."""
-    r, task = result, result["config"]["task"]
+def print_summary(r):
+    """What came out of a run, r, and what to try next."""
     for key in ("test_accuracy", "macro_accuracy", "chance", "val_loss", "bits_per_byte"):
         if r.get(key) is not None:
             print(f"{key.replace('_', ' '):<17}{r[key]:.4f}")
@@ -562,8 +559,9 @@ def print_summary(result):
     print(f"steps            {r['steps']:,} ({r['ended']}), {r['train_flops']:.1e} FLOPs\n"
           f"time             {r['wall_s']:.0f} s, {r['tokens_per_s']:,} tokens a second\n"
           f"saved in         {r['folder']}\n\nnext: another architecture, and what the layers mix\n"
-          f"  python train.py --arch {other} --task {task}\n  python model.py --show {r['folder']}")
-    if task == "text":
+          f"  python train.py --arch {other} --task {r['config']['task']}\n"
+          f"  python model.py --show {r['folder']}")
+    if "val_loss" in r:
         print(f"  python train.py --sample {r['folder']} --prompt 'def '")
 
 # ---- The MAD protocol ---------------------------------------------------------------------------
@@ -660,8 +658,8 @@ def sample(config, n=200):
     prompt = torch.tensor([tasks.encode(config.prompt, saved["tokenizer"])], device=device)
     torch.manual_seed(config.seed)
     tokens = model.generate(prompt, n, temperature=0.8, top_k=50)[0].tolist()
-    written = b"".join(tasks.token_bytes(token, saved["tokenizer"]) for token in tokens)
-    print(written.decode(errors="replace"))
+    text = b"".join(tasks.token_bytes(token, saved["tokenizer"]) for token in tokens)
+    print(text.decode(errors="replace"))
 
 def benchmark(config, steps=40):
     """Whole steps of training: MAD's baseline, and on a GPU language models of 20 to 300 M."""
