@@ -384,8 +384,9 @@ def tokenize(files, tokenizer):
     from tqdm import tqdm
     if tokenizer == "bytes" and len(files) == 1:
         return np.memmap(files[0], np.uint8, "r")
-    home = os.environ.get("NANOMAD_CACHE") or os.path.expanduser("~/.cache/nanomad")
-    cache = Path(home if home[0] != "~" else tempfile.gettempdir())      # ~: there is no home
+    home = os.path.expanduser("~")
+    cache = Path(home if os.access(home, os.W_OK) else tempfile.gettempdir(), ".cache", "nanomad")
+    cache = Path(os.environ.get("NANOMAD_CACHE") or cache)
     digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
     path = cache / f"{digest.hexdigest()}-{tokenizer}.bin"
     dtype = np.min_scalar_type(vocab_size(tokenizer) - 1)                # uint8, uint16 or uint32
