@@ -20,6 +20,7 @@ has. To add one: copy a class, change its equation, add a line to LAYERS. Tests,
 import ctypes
 import inspect
 import math
+import os
 import timeit
 from unittest import mock
 
@@ -29,6 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tasks import Parser, UserError, run_main, unknown
+
+# GCC 12 compiles the bfloat16 transposes that torch.compile writes for AVX512 to nonsense (nan). This
+# turns the pass at fault off, by the one variable whose value reaches the compiler's command line.
+os.environ.setdefault("TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG",
+                      "off -fno-tree-slp-vectorize")
 
 # ============================== Fast paths, below their definitions ==============================
 
@@ -575,12 +581,10 @@ def toeplitz_attention(q, k, v, h):
     """The same. Up to 256 tokens, where a CPU is faster so: linear attention under a Toeplitz mask,
     O(T^2). Beyond: sum_i q_i (h conv (k_i v)), a long convolution for each key channel i."""
     T = q.shape[2]
-    q, k, v = (x.mT.contiguous() for x in (q, k, v))                          # (B, H, K or V, T)
     if T <= 256:
-        mask = F.pad(h, (T - 1, 0)).unfold(-1, T, 1).flip(-2).to(q.dtype)     # (H, s, t): h_{t-s}
-        ys = [v[..., :end] @ (k[..., :end].mT @ q[..., t:end] * mask[:, :end, t:end])
-              for t, end in zip(range(0, T, 64), [*range(64, T, 64), T])]
-        return torch.cat(ys, 3).mT
+        mask = F.pad(h, (T - 1, 0)).unfold(-1, T, 1).flip(-1).to(q.dtype)     # (H, t, s): h_{t-s}
+        return (q @ k.mT * mask) @ v
+    q, k, v = (x.mT.contiguous() for x in (q, k, v))                          # (B, H, K or V, T)
     y, h = 0, h.repeat_interleave(v.shape[2], 0)                              # (H V, T)
     for q_i, k_i in zip(q.unbind(2), k.unbind(2)):         # one at a time: K times less memory
         z = long_conv((k_i[:, :, None] * v).flatten(1, 2).mT, h)              # (B, T, H V)
@@ -1058,15 +1062,14 @@ def show_mixing(pictures, plot=None):
 
 def tune_allocator():
     """Tells glibc to keep large buffers. It returns them to the system after use and gets them back
-    at the next step, zeroed page by page: half the time of a small model. Returns what it did."""
+    at the next step, zeroed page by page: half the time of a small model."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return "left alone: no glibc here"
+    except (OSError, AttributeError):                      # no glibc here
+        return
     trim_threshold, mmap_threshold, most = -1, -3, 2 ** 31 - 1
     mallopt(trim_threshold, most)
     mallopt(mmap_threshold, most) or mallopt(mmap_threshold, 32 << 20)        # in older versions
-    return "keeps its buffers between steps (glibc mallopt)"
 
 def seconds(f, device="cpu", repeat=5):
     """The fastest of `repeat` calls, after one to warm up; repeat=0: that one."""
@@ -1083,19 +1086,11 @@ def time_layer(layer, shape, device, repeat=5, **replaced):
             y = layer(x)
         if backward:
             torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
-
     with mock.patch.dict(globals(), replaced):
         return [seconds(lambda: run(backward), device, repeat) for backward in (False, True)]
 
 LOOPS = {name.removesuffix("_reference"): f for name, f in globals().items()
          if name.endswith("_reference")}
-
-def mambapy_block(dim):
-    try:
-        from mambapy.mamba import MambaBlock, MambaConfig
-    except ImportError:
-        raise UserError("--peers times mambapy, too: pip install mambapy") from None
-    return MambaBlock(MambaConfig(d_model=dim, n_layers=1, d_state=4, dt_rank=8))
 
 def benchmark(args, B, T, D):
     """Prints each layer's equation and cost; then times: its own, its loop's, a peer's."""
@@ -1107,7 +1102,7 @@ def benchmark(args, B, T, D):
           f"a unit is a 1024^3 float32 product, {1e3 * unit:.2f} ms\n\n"
           f"{'layer':<27}{'state':>11}{'MFLOP/token':>12}{'fwd ms':>9}{'fwd+bwd':>10}{'units':>8}")
     for name, layer in layers.items():
-        print(f"\n{inspect.getdoc(layer).splitlines()[0]}")
+        print(f"\n{(inspect.getdoc(layer) or name).splitlines()[0]}")
         rows = [(f"{name:<27}{layer.nominal(T):>11,}{layer.flops(T) / T / 1e6:>12.3f}", layer, {})]
         if args.loops and not args.long and not args.compile:
             rows.append(("  its loop", layer, dict(LOOPS, repeat=0)))
@@ -1116,7 +1111,12 @@ def benchmark(args, B, T, D):
                 *(p.contiguous() for p in qkv_window[:3]), is_causal=True)
             rows.append(("  torch's SDPA", layer, dict(causal_attention=fused)))
         if args.peers and name == "mamba":
-            rows.append(("  mambapy", mambapy_block(D).to(args.device), {}))
+            try:
+                from mambapy.mamba import MambaBlock, MambaConfig
+            except ImportError:
+                raise UserError("--peers times mambapy, too: pip install mambapy") from None
+            peer = MambaBlock(MambaConfig(d_model=D, n_layers=1, d_state=4, dt_rank=8))
+            rows.append(("  mambapy", peer.to(args.device), {}))
         if args.compile:
             layer.compile(dynamic=False)
         for title, module, replaced in rows:

@@ -7,11 +7,9 @@ right answer at position t, or -100 if it is not scored.
 
   B batch   T time   M vocabulary, ids in [0, M)   P pairs   L longest motif
 
-  python tasks.py      one instance of each task, and what its score is read against: a guess
-                       (chance), the rule (oracle: 1.000), the most a model can get (ceiling)
+  python tasks.py     one instance of each task; the score of a guess, the rule, a perfect memory
 """
 import argparse
-import difflib
 import functools
 import glob
 import hashlib
@@ -22,20 +20,19 @@ import sys
 import tempfile
 from collections import namedtuple
 from dataclasses import dataclass, fields, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 IGNORE = -100        # torch's cross_entropy skips this target by default
+BLOCK = 256          # sequences drawn from one stream: their arrays fit the processor's cache
 
 class UserError(ValueError):
     """A wrong option, pattern, setting or data file: one line, with what is permitted."""
 
 def unknown(kind, name, known):
-    close = difflib.get_close_matches(str(name), known, 1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return UserError(f"{kind} is {name!r}; permitted: {', '.join(known)}{hint}")
+    return UserError(f"{kind} is {name!r}; permitted: {', '.join(known)}")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -62,8 +59,7 @@ def run_main(main):
     except BrokenPipeError:                                  # `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # Python flushes once more at its end
 
-# -------------------------------------------------------------------------------------------------
-# Settings, and random numbers that are the same on every machine
+# =========================== Settings, and dice that are alike everywhere =========================
 
 @dataclass(frozen=True)
 class Setting:
@@ -79,67 +75,45 @@ class Setting:
     max_motif: int = 3               # fuzzy recall
 
     def __post_init__(self):
-        if self.task not in TASKS:
-            raise unknown("task", self.task, TASKS)
-        task, noisy, many = TASKS[self.task], "noisy" in self.task, 2 ** 31
-        most = (self.seq_len - 1) // 2 if "copying" in self.task else many
-        for field, low, high, step in (
-                ("num_train", 1, many, 1), ("num_test", 1, many, 1), ("max_motif", 1, 3, 1),
-                ("noise_vocab_size", int(noisy), noisy * many, 1),
-                ("vocab_size", task.least[0] + self.noise_vocab_size, many, 1),
-                ("seq_len", task.least[1], many, 1 + task.even),
-                ("num_tokens_to_copy", 1, most, 1)):
-            value = getattr(self, field)
-            if not low <= value <= high or value % step:
-                even = "even, " * (step - 1)
-                raise UserError(f"{field} is {value}; permitted: {even}{low} to {high}")
-        if not 0 <= self.frac_noise < 1 or self.frac_noise and not noisy:
-            raise UserError(f"frac_noise is {self.frac_noise}; permitted: [0, 1) in noisy recall, "
-                            f"0 elsewhere")
-
-    @property
-    def length(self):
-        """Positions of inputs and targets."""
-        return generate(self, 1, 0, "test")[0].shape[1]
+        (M, T, step), noise = TASKS[self.task].least, self.noise_vocab_size
+        most = (self.seq_len - 1) // 2 if "copying" in self.task else 2 ** 31
+        for field, fine, permitted in (
+                ("vocab_size", self.vocab_size >= M + noise, f"{M + noise} or more"),
+                ("seq_len", self.seq_len in range(T, 2 ** 31, step), f"{T}, {T + step} and so on"),
+                ("num_tokens_to_copy", 1 <= self.num_tokens_to_copy <= most, f"1 to {most}"),
+                ("frac_noise", 0 <= self.frac_noise < (1 if noise else 1e-9), "0; noisy: [0, 1)")):
+            if not fine:
+                raise UserError(f"{field} is {getattr(self, field)}; permitted: {permitted}")
 
 def halves(setting):
-    """Number of keys, ids [0, keys), and of values, ids [keys, keys + values)."""
-    M = setting.vocab_size - setting.noise_vocab_size    # noise has the last ids
-    if setting.task == "memorization":                   # M/2 facts; id M-1 is the insert token
-        return M // 2, M - 1 - M // 2
-    M -= "fuzzy" in setting.task                         # id M-1 pads
-    return M // 2, M - M // 2
-
-BLOCK = 256          # sequences drawn from one stream: their arrays fit the processor's cache
+    """How many keys, ids from 0 on, and values, the next ids; then a pad or insert token, noise."""
+    M = setting.vocab_size - setting.noise_vocab_size - ("fuzzy" in setting.task)
+    return M // 2, M - M // 2 - (setting.task == "memorization")
 
 def dice(setting, seed, *label):
     """A function draw(high, *shape) -> (BLOCK, *shape) int64, uniform in [0, high), high <= 2^32.
     Its stream depends on the fields that are not at their defaults, but for the numbers of data."""
     changed = [f"{f.name}={getattr(setting, f.name)}" for f in fields(setting)
                if getattr(setting, f.name) != f.default and f.name not in ("num_train", "num_test")]
-    name = " ".join(map(str, (*changed, seed, *label)))
-    digest = hashlib.sha256(name.encode()).digest()      # hash() differs between processes
+    name = " ".join(map(str, (*changed, seed, *label))).encode()
+    digest = hashlib.sha256(name).digest()               # hash() differs between processes
     bits = np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "big")))
 
     def draw(high, *shape):
         # numpy promises that these raw bits stay the same, not that Generator.integers does.
-        count = BLOCK * int(np.prod(shape))
-        raw = bits.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
-        # x * high / 2^32 is biased by at most high / 2^32 (2e-6 for 8192 ids), and never retries.
-        scaled = np.multiply(raw, high, dtype=np.uint64) >> np.uint64(32)
+        raw = bits.random_raw((BLOCK // 2, *shape)).astype("<u8", copy=False).view("<u4")
+        scaled = np.multiply(raw, high, dtype=np.uint64) >> np.uint64(32)     # bias: high / 2^32
         return scaled.view(np.int64).reshape(BLOCK, *shape)
-
     return draw
 
 def first_shown(codes):
     """codes (B, P) -> (B, P), for each place the first place of its row that has the same code."""
-    rows, P = codes.shape
-    apart = codes + (np.ptp(codes) + 1) * np.arange(rows)[:, None]       # rows share no code
+    apart = codes + (np.ptp(codes) + 1) * np.arange(len(codes))[:, None]      # rows share no code
     _, first, which = np.unique(apart, return_index=True, return_inverse=True)
-    return first[which].reshape(rows, P) % P
+    return first[which].reshape(codes.shape) % codes.shape[1]
 
-# -------------------------------------------------------------------------------------------------
-# The tasks: (setting, draw, split, seed) -> inputs, targets of one block, and their oracles
+# ============================= The tasks: data of one block, oracles =============================
+# An oracle gives right answers by a rule that reads inputs[:, :t+1] (compression: all), -1: open.
 
 def motifs(draw, num_tokens, L, P):
     """(B, P, L) motifs without a repeated token."""
@@ -151,11 +125,10 @@ def motifs(draw, num_tokens, L, P):
     return motif
 
 def recall(setting, draw, split, seed):
-    """key value key value ... key value: a key has one value, drawn anew for each sequence, and the
-    last pair repeats one before it. Trained on every next token, tested on the values of keys shown
-    before. Noisy: some pairs are two tokens of noise. Fuzzy: keys and values are motifs of 1 to L
-    tokens (a test's keys of L) after some pads; a key ends where a value, of other tokens, begins,
-    but only its earlier appearance tells where a value ends."""
+    """key value ... key value: a key has one value, drawn anew for each sequence, and the last pair
+    repeats one before it. Trained on every next token, tested on values of keys shown before.
+    Noisy: some pairs are two tokens of noise. Fuzzy: after pads, keys and values are motifs of 1 to
+    L tokens (a test's keys of L); only its earlier appearance tells where a value ends."""
     (keys, values), T, P = halves(setting), setting.seq_len, setting.seq_len // 2
     L, slot = setting.max_motif if "fuzzy" in setting.task else 1, np.arange(P)
     pair = np.stack([motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)], 2)
@@ -176,9 +149,8 @@ def recall(setting, draw, split, seed):
     order = np.where(slot < used, slot, last[:, None])                   # (B, P)
     pair = np.take_along_axis(pair, order[..., None, None], 1)
     exists = (pair >= 0) & (slot <= used)[..., None, None]
-    answer = np.full(pair.shape, split == "train")
-    again = first_shown(np.take_along_axis(code, order, 1)) < slot
-    answer[:, :, 1] |= again[..., None]
+    answer = exists & (split == "train")
+    answer[:, :, 1] |= (first_shown(np.take_along_axis(code, order, 1)) < slot)[..., None]
 
     # Row by row, the tokens that exist are, in this order, the end of the sequence.
     end = np.arange(T) >= T - exists.sum((1, 2, 3))[:, None]             # (B, T)
@@ -191,14 +163,13 @@ def recall_oracle(setting, inputs, seed):
     (keys, values), L = halves(setting), setting.max_motif if "fuzzy" in setting.task else 1
     answers = np.full_like(inputs, -1)
     for row, answer in zip(inputs.tolist(), answers):
-        following, context, previous = {}, (), keys
+        following, context = {}, ()
         for t, token in enumerate(row):
             following.setdefault(context, token if keys <= token < keys + values else -1)
-            context = (token,) if token < keys <= previous else context + (token,)
+            context = (token,) if token < keys and context[-1:] >= (keys,) else context + (token,)
             # A key of less than L tokens may go on, until a token of its value is read.
             if len(context) >= L or token >= keys:
                 answer[t] = following.get(context, -1)
-            previous = token
     return answers
 
 def selective_copying(setting, draw, split, seed):
@@ -241,112 +212,75 @@ def memorization_oracle(setting, inputs, seed):
     answers[:, 1::2] = facts[inputs[:, 0::2]]
     return answers
 
-# -------------------------------------------------------------------------------------------------
-# The table. To add a task: its function, its oracle, a line here and its baseline below.
+# ========================== The table, the settings, and what uses them ==========================
 
-@dataclass(frozen=True)
-class Task:
-    about: str                 # the question that it asks
-    make: callable             # (setting, draw, split, seed) -> inputs, targets (B, T) of one block
-    oracle: callable           # (setting, inputs, seed) -> right answers (B, T), -1 where open
-    least: tuple               # vocab_size without noise, seq_len
-    chance: callable = lambda setting: 1 / halves(setting)[1]            # one of the values
-    even: bool = False         # seq_len must be
-    backbone: str = "lm"       # the kind of model (model.py) that it needs
+# least: vocab_size without noise, seq_len, steps.  chance: of a blind guess.  backbone: of model.py
+Task = namedtuple("Task", "about make oracle least chance backbone", defaults=(
+    lambda setting: 1 / halves(setting)[1], "lm"))
 
 TASKS = {
-    "in-context-recall": Task(
-        "which value came with this key?", recall, recall_oracle, (4, 4), even=True),
-    "fuzzy-in-context-recall": Task(
-        "the same with names of several tokens", recall, recall_oracle, (7, 12)),
-    "noisy-in-context-recall": Task(
-        "the same among noise", recall, recall_oracle, (4, 4), even=True),
-    "selective-copying": Task(
-        "repeat the tokens, skip the blanks", selective_copying, copying_oracle, (4, 3),
-        lambda s: 1 / (s.vocab_size - 2)),
-    "compression": Task(
-        "the vector at the last position must hold the whole sequence", compression,
-        lambda setting, inputs, seed: inputs, (3, 2),    # the last of T tokens is no guess
-        lambda s: (1 + (s.seq_len - 1) / (s.vocab_size - 1)) / s.seq_len, backbone="autoencoder"),
-    "memorization": Task(
-        "which value has this key in the task's one fixed map?", memorization, memorization_oracle,
-        (5, 2), even=True),
-}
-
-BASELINES = {s.task: s for s in (
-    Setting("in-context-recall"),
-    Setting("fuzzy-in-context-recall"),
-    Setting("noisy-in-context-recall", vocab_size=32, noise_vocab_size=16, frac_noise=0.2),
-    Setting("selective-copying", seq_len=256),
-    Setting("compression", seq_len=32),
-    Setting("memorization", vocab_size=256, seq_len=32, num_train=256))}
+    "in-context-recall": Task("which value came with this key?", recall, recall_oracle, (4, 4, 2)),
+    "fuzzy-in-context-recall": Task("the same with keys and values of several tokens", recall,
+                                    recall_oracle, (7, 12, 1)),
+    "noisy-in-context-recall": Task("the same among noise", recall, recall_oracle, (4, 4, 2)),
+    "selective-copying": Task("repeat the tokens, skip the blanks", selective_copying,
+                              copying_oracle, (4, 3, 1), lambda s: 1 / (s.vocab_size - 2)),
+    "compression": Task("the last position's vector must hold the whole sequence", compression,
+                        lambda setting, inputs, seed: inputs, (3, 2, 1), lambda s:
+                        (1 + (s.seq_len - 1) / (s.vocab_size - 1)) / s.seq_len, "autoencoder"),
+    "memorization": Task("which value has this key in the task's one fixed map?", memorization,
+                         memorization_oracle, (5, 2, 2))}
 
 RECALL = {"vocab_size": (32, 64, 128), "seq_len": (256, 512, 1024),
           "num_train": (6400, 3200, 1600, 800)}
-CHANGES = {          # what makes a task harder, one variable at a time
-    "in-context-recall": RECALL,
-    "fuzzy-in-context-recall": RECALL,
-    "noisy-in-context-recall": {**RECALL, "vocab_size": (48, 80, 144), "frac_noise": (.4, .6, .8)},
-    "selective-copying": {**RECALL, "seq_len": (512, 1024), "num_tokens_to_copy": (32, 64, 96)},
-    "compression": {**RECALL, "seq_len": (64, 128, 256)},
-    "memorization": {"vocab_size": (512, 1024, 2048, 4096, 8192)}}
+MAD = {              # each task's baseline, and what makes it harder, one variable at a time
+    "in-context-recall": ({}, RECALL),
+    "fuzzy-in-context-recall": ({}, RECALL),
+    "noisy-in-context-recall": (dict(vocab_size=32, noise_vocab_size=16, frac_noise=0.2),
+                                RECALL | dict(vocab_size=(48, 80, 144), frac_noise=(.4, .6, .8))),
+    "selective-copying": (dict(seq_len=256), RECALL | dict(seq_len=(512, 1024),
+                                                           num_tokens_to_copy=(32, 64, 96))),
+    "compression": (dict(seq_len=32), RECALL | dict(seq_len=(64, 128, 256))),
+    "memorization": (dict(vocab_size=256, seq_len=32, num_train=256),
+                     dict(vocab_size=(512, 1024, 2048, 4096, 8192)))}
+BASELINES = {task: Setting(task, **baseline) for task, (baseline, _) in MAD.items()}
 
 def mad_settings(task=None):
     """The protocol's 66 settings, or those of one task; a baseline comes before its changes."""
-    if task and task not in BASELINES:
-        raise unknown("task", task, BASELINES)
-    return [replace(BASELINES[name], **change) for name in ([task] if task else CHANGES)
-            for change in [{}, *({field: value} for field, values in CHANGES.get(name, {}).items()
-                                 for value in values)]]
+    return [replace(BASELINES[name], **change) for name in ([task] if task else MAD) for change in
+            [{}, *({field: value} for field in MAD[name][1] for value in MAD[name][1][field])]]
 
 def generate(setting, n, seed, split):
-    """inputs, targets: int64 (n, T), of recall (n, T - 1), the same on every machine, and the first
-    n of more. The splits "train" and "test" come from independent streams."""
+    """inputs, targets: int64 (n, T), of recall (n, T - 1). A split is "train" or "test"."""
     blocks = [TASKS[setting.task].make(setting, dice(setting, seed, split, i), split, seed)
               for i in range(0, n, BLOCK)]
     return tuple(np.concatenate(arrays)[:n] for arrays in zip(*blocks))
-
-def oracle(setting, inputs, seed=0):
-    """Right answers by a rule that reads inputs[:, :t+1] (compression: all); -1 where open."""
-    return TASKS[setting.task].oracle(setting, inputs, seed)
-
-def chance(setting):
-    """Expected test accuracy of a blind guess: 1 in the number of possible answers."""
-    return TASKS[setting.task].chance(setting)
 
 def ceiling(setting):
     """Expected test accuracy of a perfect memory: 1, or the share of facts in the training data."""
     draws = setting.num_train * setting.seq_len // 2
     return 1 - (1 - 1 / halves(setting)[0]) ** draws if setting.task == "memorization" else 1.0
 
-def accuracy(predictions, targets):
-    """Share of the scored positions that are right."""
-    return float((predictions == targets)[targets != IGNORE].mean())
+# ================================ Text: arrays of token ids (n,) =================================
 
-# -------------------------------------------------------------------------------------------------
-# Text: arrays of token ids
-
-SIZES = {"bytes": 256, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277,
-         "o200k_base": 200019}                           # without tiktoken's download
+SIZES = {"bytes": 256, "gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}  # no download
 SHARDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}    # llm.c's magic and version: type of ids
-# A piece of text ends between a letter or digit and a newline: no tokenizer's token reaches across.
-PIECE = re.compile(r"(?s).{1,4000000}(?:(?<=[^\W_])(?=\r?\n)|\Z)|.{1,4000000}")
+# A text's pieces end between letter and newline: no tokenizer has a token that reaches across.
+PIECE = re.compile(r"(?s).{1,400000}(?:(?<=[^\W_])(?=\r?\n)|\Z)|.{1,400000}")
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 Text = namedtuple("Text", "train val name vocab_size sha256")            # of load_text
 
 @functools.cache
 def get_encoding(name):
-    """tiktoken's encoding. The first use of one downloads it, which could wait for ever."""
+    """tiktoken's, which downloads it at its first use. UserError if it can't."""
     import tiktoken
     if name not in tiktoken.list_encoding_names():
         raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names()])
     try:
-        with ThreadPool(1) as pool:
-            return pool.apply_async(tiktoken.get_encoding, [name]).get(20)
-    except Exception as error:                           # whatever happens on a network in 20 s
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
-        raise UserError(f"tokenizer {name} can't be loaded ({reason}): use --tokenizer bytes, or "
-                        f"copy tiktoken's cache here and set TIKTOKEN_CACHE_DIR to it") from None
+        return tiktoken.get_encoding(name)
+    except Exception as error:                           # whatever happens on a network
+        raise UserError(f"tokenizer {name} can't be loaded ({error!r:.99}): use bytes, or copy "
+                        f"tiktoken's cache here and set TIKTOKEN_CACHE_DIR to it") from None
 
 def vocab_size(tokenizer):
     return SIZES.get(tokenizer) or get_encoding(tokenizer).n_vocab
@@ -355,131 +289,100 @@ def encode(text, tokenizer):
     """Ids of a text; what looks like a special token is text like any other."""
     if tokenizer == "bytes":
         return list(text.encode())
-    if re.search(r"(^|\S)\s{500000}", text):
-        raise UserError("text with 500,000 spaces in a row is too much for tiktoken: shorten them")
     return get_encoding(tokenizer).encode_ordinary(text)
 
-def token_bytes(token, tokenizer):
-    """The text of a token: none of a special one, U+FFFD of an id without a token."""
+@functools.cache
+def token_table(tokenizer):
+    """{id: bytes of its text}, without the special tokens."""
     if tokenizer == "bytes":
-        return bytes([token])
-    try:
-        text = get_encoding(tokenizer).decode_single_token_bytes(token)
-    except KeyError:
-        return "\ufffd".encode()
-    special = text.decode(errors="replace") in get_encoding(tokenizer).special_tokens_set
-    return b"" if special else text
+        return {i: bytes([i]) for i in range(256)}
+    encoding = get_encoding(tokenizer)
+    return {encoding.encode_single_token(text): text for text in encoding.token_byte_values()}
 
 def bytes_per_token(targets, tokenizer):
     """Mean bytes of text of a target; None if tiktoken's table is out of reach."""
-    ids, counts = np.unique(targets, return_counts=True)
     try:
-        sizes = [len(token_bytes(token, tokenizer)) for token in ids.tolist()]
+        table = token_table(tokenizer)
     except UserError:
         return None
-    return float(counts @ sizes / counts.sum())
+    return float(np.mean([len(table.get(token, b"")) for token in targets.flat]))
 
-def tokenize(files, tokenizer):
-    """Ids of text files, from a cache on disk if files of this content were tokenized before."""
-    from tqdm import tqdm
-    if tokenizer == "bytes" and len(files) == 1:
-        return np.memmap(files[0], np.uint8, "r")
-    home = os.path.expanduser("~")
-    cache = Path(home if os.access(home, os.W_OK) else tempfile.gettempdir(), ".cache", "nanomad")
-    cache = Path(os.environ.get("NANOMAD_CACHE") or cache)
-    digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
-    path = cache / f"{digest.hexdigest()}-{tokenizer}.bin"
-    dtype = np.min_scalar_type(vocab_size(tokenizer) - 1)                # uint8, uint16 or uint32
+def tokenize(file, tokenizer):
+    """tiktoken's ids of a text, kept in a .npy of the temporary folder, whose path it returns."""
+    data = file.read_bytes()
+    path = Path(tempfile.gettempdir(), f"{tokenizer}-{hashlib.sha256(data).hexdigest()}.npy")
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            with open(Path(folder, "ids"), "wb") as out:
-                for file in tqdm(files, f"{tokenizer} tokens", unit="file"):
-                    for piece in PIECE.findall(read_text(file)):
-                        np.array(encode(piece, tokenizer), dtype).tofile(out)
-            os.replace(out.name, path)
-    return np.memmap(path, dtype, "r")
+        pieces = PIECE.findall(data.decode())
+        bar = tqdm(pieces, f"{file.name} to tokens", leave=False, disable=len(pieces) < 5)
+        new = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(new, np.concatenate([np.array(encode(p, tokenizer), "<u4") for p in bar]))
+        os.replace(new, path)
+    return path
 
-def read_text(file):
-    try:
-        return file.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason}): convert it") from None
-
-def open_tokens(path, tokenizer):
-    """Ids of a .npy, of llm.c's shard (256 int32: magic, version, count; then ids), of raw ids."""
-    M, head, npy = vocab_size(tokenizer), np.fromfile(path, "<i4", 256), path.suffix == ".npy"
-    shard, raw = SHARDS.get(tuple(head[:2].tolist())), "<u4" if M > 2 ** 16 else "<u2"
-    try:
-        tokens = (np.load(path, mmap_mode="r") if npy else
-                  np.memmap(path, shard or raw, "r", 1024 * bool(shard)))
-        low, high = int(tokens.min()), int(tokens.max())
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
+def open_ids(file, tokenizer):
+    """Ids of text, of a .npy, or of a .bin: llm.c's (256 int32, then ids) or ids alone."""
+    if tokenizer != "bytes" and file.suffix not in (".bin", ".npy"):
+        file = tokenize(file, tokenizer)
+    M, head = vocab_size(tokenizer), np.fromfile(file, "<i4", 3).tolist()
+    shard = SHARDS.get(tuple(head[:2]))
+    raw = "u1" if file.suffix != ".bin" else "<u2" if M <= 2 ** 16 else "<u4"
+    ids = (np.load(file, mmap_mode="r") if file.suffix == ".npy" else
+           np.memmap(file, shard or raw, "r", 1024 * bool(shard)))
     for wrong, what in (
-            (tokens.ndim > 1 or tokens.dtype.kind not in "iu", "no integers in one dimension"),
-            (shard and len(tokens) != head[2], f"{len(tokens)} ids, but {head[2]} by its header"),
-            (not npy and not shard and len(head) == 256 and not head[8:].any(),
-             "a header of another kind than llm.c's token files"),
-            (not npy and not (tokens[1:10000:2] > 3).any(),
-             f"ids of more than {raw[2]} bytes: give the --tokenizer that made them, or a .npy"),
-            (low < 0 or high >= M, f"ids {low} to {high}, but {tokenizer} has {M} tokens: give the "
-                                   f"--tokenizer that made them")):
+            (shard and len(ids) != head[2], f"{len(ids)} ids, but by its header {head[2:]}"),
+            (file.suffix == ".bin" and not shard and not (ids[17:256:2] > 3).any(),
+             f"a header that is not llm.c's, or ids that are not {raw[1:]} bytes wide: give the "
+             f"--tokenizer that made them, or a .npy"),
+            (ids.ndim > 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= M,
+             f"{ids.dtype} that are not all ids below {M}: give the --tokenizer that made them"),
+            (tokenizer == "bytes" and (ids[:10 ** 6] < 9).mean() > 0.01,
+             "control characters, perhaps ids of other characters: give the text itself")):
         if wrong:
-            raise UserError(f"{path} has {what}")
-    return tokens
+            raise ValueError(f"it has {what}")
+    return ids
+
+def load_tokens(path, tokenizer="bytes"):
+    """Ids (n,) of a file, a folder, a glob or a list of files: UTF-8 text, or .bin and .npy. One
+    file is memory-mapped. UserError for unusable data."""
+    parts = []
+    for file in path if isinstance(path, list) else corpus(path):
+        try:
+            parts.append(open_ids(file, tokenizer))
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{file} can't be read as {tokenizer}: {error}") from None
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 def corpus(path):
     """The files of a corpus: one, those of a folder or a glob, Python's own if path is None."""
-    root, files = Path(path or Path(os.__file__).parent), []
-    for folder, inside, names in os.walk(root):
-        inside[:] = [name for name in inside if name[0] != "." and (path or name not in NOT_CORPUS)]
-        files += [Path(folder, n) for n in names if n[0] != "." and (path or n.endswith(".py"))]
+    root = Path(path or Path(os.__file__).parent)
+    hidden = lambda name: name[0] == "." or not path and name in NOT_CORPUS
+    files = [file for file in root.rglob("*" if path else "*.py")
+             if not any(map(hidden, file.relative_to(root).parts))]
     files = files or [root] * root.is_file() or [Path(name) for name in glob.glob(str(path))]
     files = sorted(file for file in files if file.is_file() and file.stat().st_size)
     if len({file.suffix in (".bin", ".npy") for file in files}) != 1:
-        raise UserError(f"--data {path} has {len(files)} files that hold something; permitted: a "
-                        f"file, a folder or a glob of text, or of only .bin and .npy")
+        raise UserError(f"--data {path} has {len(files)} files; permitted: a file, or a folder or "
+                        f"a glob of text, or of only .bin and .npy")
     return files
 
-def split_files(files):
-    """Training and validation files: by `train` and `val` in their paths, if both occur; else the
-    tenth whose paths have the smallest hashes is for validation."""
-    root = os.path.commonpath([file.parent for file in files])
-    names = {file: Path(os.path.relpath(file, root)).as_posix() for file in files}
-    kind = lambda file: re.findall("(?<![a-z])(train|val)(?:id|idation)?(?![a-z])",
-                                   names[file].lower())[-1:]
-    named = [[file for file in files if kind(file) == [word]] for word in ("train", "val")]
-    if all(named):
-        return named
-    order = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(names[file])).digest())
-    cut = -(-len(files) // 10)
-    return sorted(order[cut:]), sorted(order[:cut])
-
-def load_tokens(path, tokenizer="bytes"):
-    """Token ids (n,), memory-mapped if in one file: of UTF-8 text, or of .bin or .npy, made with
-    this tokenizer ("bytes" or one of tiktoken's). path: a file, a folder, a glob, a list of
-    files; None: Python's own sources. Raises UserError for unusable data."""
-    files = path if isinstance(path, list) else corpus(path)
-    if files[0].suffix not in (".bin", ".npy"):
-        tokens = tokenize(files, tokenizer)
-    else:
-        shards = [open_tokens(file, tokenizer) for file in files]
-        tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    head = tokens[:1_000_000]
-    if tokenizer == "bytes" and np.mean((head < 9) | (13 < head) & (head < 32)) > 0.01:
-        raise UserError(f"{files[0]} is no text but control characters, perhaps ids of another "
-                        f"vocabulary: give the text itself, or the --tokenizer that made them")
-    return tokens
-
 def load_text(path, tokenizer="bytes"):
-    """A corpus as Text: whole files are for training or for validation, a tenth of a single one."""
+    """A corpus as Text. For validation are, of one file, the last tenth; of several, those with
+    `val` in their paths if others have `train`, else the tenth whose paths hash to the least."""
     files = corpus(path)
+    root = os.path.commonpath([file.parent for file in files])
+    names = [Path(os.path.relpath(file, root)).as_posix() for file in files]
+    word = re.compile("(?<![a-z])(train|val)(?=ing|id|[^a-z]|$)")
+    sides = [word.findall(name.lower())[-1:] for name in names]
+    if ["train"] not in sides or ["val"] not in sides:
+        hashes = [hashlib.sha256(os.fsencode(name)).digest() for name in names]
+        last = sorted(hashes)[(len(files) - 1) // 10]
+        sides = [["val"] if digest <= last else ["train"] for digest in hashes]
     if len(files) == 1:
         tokens = load_tokens(files, tokenizer)
         train, val = np.split(tokens, [len(tokens) * 9 // 10])
     else:
-        train, val = (load_tokens(part, tokenizer) for part in split_files(files))
+        train, val = (load_tokens([file for file, s in zip(files, sides) if s == [side]], tokenizer)
+                      for side in ("train", "val"))
     digest = hashlib.sha256(train)
     digest.update(val)
     name = Path(path).name if path else f"Python {sys.version.split()[0]} standard library"
@@ -488,41 +391,30 @@ def load_text(path, tokenizer="bytes"):
 def text_windows(tokens, starts, T):
     """inputs, targets: int64 (B, T), the targets one token later; starts (B,)."""
     if len(tokens) <= T:
-        raise UserError(f"--context is {T}, but the training or validation split has {len(tokens)} "
-                        f"tokens: lower --context, or give more text")
+        raise UserError(f"--context is {T}; permitted: less than a split's {len(tokens)} tokens")
     rows = tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64)   # (B, T + 1)
     return rows[:, :-1], rows[:, 1:]
 
 def text_batch(tokens, T, B, seed, step):
     """B windows at random places, a function of seed and step."""
     bits = np.random.PCG64(np.random.SeedSequence((seed, step))).random_raw(B)
-    starts = bits % np.uint64(max(len(tokens) - T, 1))
-    return text_windows(tokens, starts.astype(np.int64), T)
+    return text_windows(tokens, (bits % np.uint64(max(len(tokens) - T, 1))).astype(np.int64), T)
 
 def val_starts(tokens, T, most):
     """Starts of at most `most` windows, at even distances and without a common target."""
-    count = min(most, (len(tokens) - 1) // T)
-    return np.linspace(0, len(tokens) - 1 - T, max(count, 0), dtype=np.int64)
-
-def show(setting):
-    """One short test sequence, and the accuracies on the test data of the paper's baseline."""
-    width, base = len(str(setting.vocab_size - 1)) + 1, BASELINES[setting.task]
-    (x,), (y,) = generate(setting, 1, 0, "test")
-    print(f"{setting.task}: {TASKS[setting.task].about}")
-    for name, row in ("input", x), ("target", y), ("scored", np.where(y == IGNORE, "", "^")):
-        cells = ("." if cell == IGNORE else cell for cell in row.tolist())
-        print(f"  {name:8}" + "".join(f"{cell:>{width}}" for cell in cells))
-    inputs, targets = generate(base, base.num_test, 0, "test")
-    print(f"  At baseline (M {base.vocab_size}, T {base.seq_len}): chance {chance(base):.3f}, "
-          f"oracle {accuracy(oracle(base, inputs), targets):.3f}, ceiling {ceiling(base):.3f}\n")
+    return np.linspace(0, len(tokens) - 1 - T, min(most, (len(tokens) - 1) // T), dtype=np.int64)
 
 def main():
-    parser = Parser(description="Show one small instance of each MAD task.")
-    parser.add_argument("--task", choices=list(TASKS), metavar="TASK", help="only this one")
-    task = parser.parse_args().task
-    for name in [task] if task else TASKS:
-        T = {"compression": 16, "memorization": 20}.get(name, 28)
-        show(replace(BASELINES[name], seq_len=T, num_tokens_to_copy=6))
+    Parser(description="Show one short instance of each MAD task.").parse_args()
+    for name, base in BASELINES.items():
+        (x,), (y,) = generate(replace(base, seq_len=20, num_tokens_to_copy=5), 1, 0, "test")
+        print(f"{name}: {TASKS[name].about}")
+        for title, row in ("input", x), ("target", y):
+            print(f"  {title:6}" + "".join(f"{cell:>4}" for cell in row).replace("-100", "   ."))
+        x, y = generate(base, base.num_test, 0, "test")
+        right = (TASKS[name].oracle(base, x, 0) == y)[y != IGNORE].mean()
+        guess, memory = TASKS[name].chance(base), ceiling(base)
+        print(f"  chance {guess:.3f}, oracle {right:.3f}, ceiling {memory:.3f}\n")
 
 if __name__ == "__main__":
     run_main(main)

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.pool import ApplyResult
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +35,13 @@ from model import ARCHS, Model
 from tasks import IGNORE, UserError
 from train import Config
 
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_a_terminal():
+    """A job in the background ignores some, and so would the programs that tests start."""
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):
+        if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
 RECALL, FUZZY, NOISY, COPYING, COMPRESSION, MEMORIZATION, *_ = tasks.TASKS
 
 def tasks_setting(task, **change):
@@ -55,24 +61,25 @@ SETTINGS = [*tasks.BASELINES.values(), *HARD]
 
 @pytest.mark.parametrize("s", SETTINGS, ids=str)
 def test_the_oracle_is_right_and_answers_all_that_is_tested(s):
+    oracle = tasks.TASKS[s.task].oracle
     for split in ("train", "test"):
         x, y = tasks.generate(s, 300, 5, split)
-        p = tasks.oracle(s, x, 5)
-        assert x.shape == y.shape == p.shape == (300, s.length) and x.dtype == y.dtype == np.int64
+        p = oracle(s, x, 5)
+        assert x.shape == y.shape == p.shape and x.dtype == y.dtype == np.int64
+        assert x.shape == (300, s.seq_len - ("recall" in s.task))
         assert 0 <= x.min() and x.max() < s.vocab_size and ((y != -100).sum(1) > 0).all()
         assert ((p == y) | (p == -1) | (y == -100)).all() and (p[y != -100] != -1).any()
-        if split == "test":
-            assert tasks.accuracy(p, y) == 1.0
+        assert split == "train" or (p == y)[y != -100].all()
         if s.task != COMPRESSION:                        # it reads the past: cut the future off
-            t = s.length // 2
-            past = np.where(np.arange(s.length) <= t, x, 0)
-            assert (tasks.oracle(s, past, 5)[:, t] == p[:, t]).all()
+            t = s.seq_len // 2
+            past = np.where(np.arange(x.shape[1]) <= t, x, 0)
+            assert (oracle(s, past, 5)[:, t] == p[:, t]).all()
 
 @pytest.mark.parametrize("s", [s for s in SETTINGS if "recall" in s.task], ids=str)
 def test_recall_asks_for_every_value_that_was_shown(s):
     (keys, values), fuzzy = tasks.halves(s), "fuzzy" in s.task
     x, y = tasks.generate(s, 512, 1, "test")
-    assert ((tasks.oracle(s, x) >= 0) == (y >= 0)).all() and (y[:, -1] >= 0).all()
+    assert ((tasks.recall_oracle(s, x, 1) >= 0) == (y >= 0)).all() and (y[:, -1] >= 0).all()
     x, y = tasks.generate(s, 512, 1, "train")
     pad = s.vocab_size - 1 if fuzzy else -1
     assert (y[:, :-1] == np.where(x[:, 1:] == pad, -100, x[:, 1:])).all()
@@ -131,17 +138,12 @@ def test_the_66_settings():
         assert sum(v != base[k] for k, v in dataclasses.asdict(s).items()) <= 1
     assert {s.vocab_size for s in tasks.mad_settings(NOISY)} == {32, 48, 80, 144}
     assert {s.num_train for s in tasks.mad_settings(FUZZY)} == {12800, 6400, 3200, 1600, 800}
-    for act in (tasks.mad_settings, tasks.Setting):
-        with pytest.raises(tasks.UserError, match="did you mean selective-copying"):
-            act("selective-coping")
 
 @pytest.mark.parametrize("task, field, value", [
     (RECALL, "seq_len", 127), (RECALL, "seq_len", 2), (RECALL, "vocab_size", 3),
-    (RECALL, "num_train", 0), (RECALL, "frac_noise", 0.2), (RECALL, "noise_vocab_size", 4),
+    (RECALL, "frac_noise", 0.2), (FUZZY, "vocab_size", 6), (FUZZY, "seq_len", 11),
     (NOISY, "frac_noise", 1.0), (NOISY, "frac_noise", float("nan")), (NOISY, "vocab_size", 19),
-    (NOISY, "noise_vocab_size", 0), (FUZZY, "vocab_size", 6), (FUZZY, "max_motif", 4),
-    (FUZZY, "seq_len", 11), (COPYING, "num_tokens_to_copy", 128), (COPYING, "vocab_size", 3),
-    (COPYING, "num_test", -1),
+    (COPYING, "num_tokens_to_copy", 128), (COPYING, "vocab_size", 3),
     (COMPRESSION, "seq_len", 1), (COMPRESSION, "vocab_size", 2), (MEMORIZATION, "vocab_size", 4),
     (MEMORIZATION, "seq_len", 31)])
 def test_impossible_settings(task, field, value):
@@ -155,8 +157,8 @@ def test_chance_and_ceiling(s):
     for column, answers in enumerate(y.T):
         possible = np.unique(answers[answers >= 0])      # in this column
         guess[:, column] = rng.choice(possible, len(y)) if len(possible) else -1
-    error = (tasks.chance(s) / (y >= 0).sum()) ** 0.5
-    assert abs(tasks.accuracy(guess, y) - tasks.chance(s)) < 5 * error
+    chance = tasks.TASKS[s.task].chance(s)
+    assert abs((guess == y)[y >= 0].mean() - chance) < 5 * (chance / (y >= 0).sum()) ** 0.5
     assert tasks.ceiling(s) == pytest.approx(1.0)
 
 def test_ceiling_of_memorization():
@@ -173,7 +175,7 @@ def test_the_file_shows_each_task():
     done = tasks_run(tasks.__file__)
     assert done.stdout.count("oracle 1.000") == len(tasks.TASKS)
     assert max(map(len, done.stdout.split("\n"))) <= 100
-    done = tasks_run(tasks.__file__, "--task", "recall")
+    done = tasks_run(tasks.__file__, "--task")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error: " in done.stderr
     done = subprocess.run(f"{sys.executable} {tasks.__file__} | head -1", shell=True,
                           capture_output=True, text=True)
@@ -202,10 +204,10 @@ def toy(monkeypatch, tmp_path):
     get = lambda name: tiktoken.Encoding(name, pat_str=word, special_tokens={"<|bos|>": 300},
                                          mergeable_ranks={b: i for i, b in enumerate(ranks)})
     monkeypatch.setattr(tiktoken, "get_encoding", get)
-    monkeypatch.setenv("NANOMAD_CACHE", str(tmp_path / "cache"))
-    tasks.get_encoding.cache_clear()
-    yield get
-    tasks.get_encoding.cache_clear()
+    monkeypatch.setattr(tasks.tempfile, "gettempdir", lambda: str(tmp_path))
+    for cached in (tasks.get_encoding, tasks.token_table):
+        monkeypatch.setattr(tasks, cached.__name__, functools.cache(cached.__wrapped__))
+    return get
 
 def tasks_files(folder, contents):
     for name, content in contents.items():
@@ -226,22 +228,26 @@ def test_text_files_become_tokens_once(tmp_path, toy, monkeypatch):
     a, b = text[:250], text[250:]
     tasks_files(tmp_path, {"d/b.txt": b, "d/a.txt": a, "d/.no/x": "no", "d/.x": "no",
                            "d/e": "", "one": text})
-    short = tasks.PIECE.pattern.replace("4000000", "60")
+    short = tasks.PIECE.pattern.replace("400000", "60")
     monkeypatch.setattr(tasks, "PIECE", tasks.re.compile(short))
     assert len(tasks.PIECE.findall(text)) > 10           # and yet the same tokens:
     tokens, whole = tasks.load_tokens(tmp_path / "one", "gpt2"), toy("gpt2").encode_ordinary
-    assert tokens.tolist() == whole(text) == tasks.encode(text, "gpt2")
-    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
-    assert b"".join(tasks.token_bytes(t, "gpt2") for t in tokens.tolist()) == text.encode()
+    assert isinstance(tokens, np.memmap) and tokens.tolist() == whole(text)
+    assert tokens.tolist() == tasks.encode(text, "gpt2")
+    table = tasks.token_table("gpt2")
+    assert b"".join(table[t] for t in tokens.tolist()) == text.encode() and 300 not in table
     assert tasks.bytes_per_token(tokens, "gpt2") == pytest.approx(len(text.encode()) / len(tokens))
     assert tasks.bytes_per_token(np.array([65, 300]), "gpt2") == 0.5
-    assert tasks.token_bytes(299, "gpt2") == "\ufffd".encode()
-    assert tasks.load_tokens(tmp_path / "d", "gpt2").tolist() == whole(a) + whole(b)
     for name in ("d", "one"):
         assert tasks.load_tokens(tmp_path / name).tobytes() == text.encode()
+    tasks.load_tokens(tmp_path / "d", "gpt2")
     monkeypatch.setattr(tasks, "encode", None)           # from the cache now
-    tasks.load_tokens(str(tmp_path / "d" / "*.txt"), "gpt2")
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert tasks.load_tokens(str(tmp_path / "d/*.txt"), "gpt2").tolist() == whole(a) + whole(b)
+
+def test_a_million_spaces(tmp_path, toy):
+    tasks_files(tmp_path, {"gap": "a" + " " * 1_000_000 + "b"})
+    tokens, table = tasks.load_tokens(tmp_path / "gap", "gpt2"), tasks.token_table("gpt2")
+    assert b"".join(table[t] for t in tokens.tolist()) == b"a" + b" " * 1_000_000 + b"b"
 
 IDS = np.arange(50_000, 50_100)
 U2, U4 = (np.arange(100, 2100).astype(kind) for kind in ("<u2", "<u4"))
@@ -267,7 +273,7 @@ def test_files_of_tokens(name, content, tokenizer, tmp_path):
     ("empty.npy", tasks_npy(U2[:0]), "gpt2"), ("negative.npy", tasks_npy(np.array([-1])), "gpt2"),
     ("object.npy", tasks_npy(np.array([{}], object)), "gpt2"), ("latin.txt", b"\xe9", "gpt2"),
     ("meta.pkl", bytes(range(256)) * 9, "bytes"), ("empty.txt", "", "bytes"),
-    ("500,000 spaces", "a" + " " * 1_000_000 + "b", "gpt2"), ("gpt-2", "ab", "gpt-2")])
+    ("gpt-2", "ab", "gpt-2")])
 def test_data_that_are_refused(name, content, tokenizer, tmp_path, toy):
     tasks_files(tmp_path, {name: content})
     with pytest.raises(tasks.UserError, match=rf"^[^\n]*{name}[^\n]*$"):
@@ -301,14 +307,10 @@ def test_whole_files_are_for_training_or_validation(tmp_path):
         with pytest.raises(tasks.UserError, match=name):
             load(name, "gpt2")
 
-def test_the_default_corpus(tmp_path, monkeypatch):
-    monkeypatch.delenv("NANOMAD_CACHE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "none"))   # no home: a temporary folder has the cache
-    monkeypatch.setattr(tasks.tempfile, "gettempdir", lambda: str(tmp_path))
+def test_the_default_corpus():
     text = tasks.load_text(None)
     assert "Python 3" in text.name and b"import unittest.mock" not in text.val.tobytes()
     assert 5e6 < len(text.train) and 0.05 < len(text.val) / len(text.train) < 0.2
-    assert len(list((tmp_path / ".cache/nanomad").iterdir())) == 2
 
 def test_windows():
     tokens = np.arange(300)
@@ -327,15 +329,11 @@ def test_windows():
         with pytest.raises(tasks.UserError, match="--context"):
             act()
 
-@pytest.mark.parametrize("seconds, reason", [(0, "OSError captive portal"), (2, "TimeoutError")])
-def test_without_a_network(seconds, reason, toy, monkeypatch):
+def test_without_a_network(toy, monkeypatch):
     def fetch(name):
-        time.sleep(seconds)
         raise OSError("captive\nportal")
-    get = ApplyResult.get
     monkeypatch.setattr(tiktoken, "get_encoding", fetch)
-    monkeypatch.setattr(ApplyResult, "get", lambda self, timeout: get(self, timeout / 100))
-    with pytest.raises(tasks.UserError, match=f"^[^\n]*{reason}.*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(tasks.UserError, match="^[^\n]*captive.*TIKTOKEN_CACHE_DIR"):
         tasks.encode("a", "gpt2")
     assert tasks.bytes_per_token(np.arange(5), "gpt2") is None and tasks.vocab_size("gpt2") == 50257
 
@@ -522,6 +520,17 @@ def test_layer_compiles_without_graph_breaks(name, backend):
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)
     layers_agree(lambda x, *_: compiled(x), lambda x, *_: layer(x), (x, *layer.parameters()), 1e-4)
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["mh-attention", "mh-hyena"])
+def test_compiled_gradients_in_bfloat16_are_those_of_eager(name):
+    layer, x, grads = layers_make(name), torch.randn(4, 128, WIDTH), []
+    torch._dynamo.reset()
+    for f in (layer, torch.compile(layer, dynamic=False)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = f(x)
+        grads.append(torch.autograd.grad(y.float().square().mean(), layer.qkv.weight)[0])
+    assert layers_gap(*grads) < 0.05
 
 def test_museum_a_router_that_masks_before_its_softmax_turns_nobody_off():
     """mad-lab's mlp.py: scores outside the top k become 0, and exp(0) = 1 is a vote."""
@@ -869,7 +878,7 @@ def test_ctrl_c_and_resume_from_the_command_line(tmp_path):
     while not any(tmp_path.glob("*/log.jsonl")) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
     folder, = tmp_path.iterdir()
     config = train.parse_args(["--resume", str(folder), "--device", "cpu"])
@@ -1051,7 +1060,7 @@ def test_half_set_distributed_variables_are_named(env, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="RANK is set but (RANK|MASTER_ADDR) is not"):
+    with pytest.raises(UserError, match="(RANK|MASTER_ADDR) is missing or empty"):
         train.connect(Config(task="text"))
 
 @pytest.mark.parametrize("name", ["tasks", "layers", "model", "train", "scaling"])

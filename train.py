@@ -1,7 +1,7 @@
 """
 How a model learns: one run of one task, from the command line to a folder of results.
 
-    python train.py --arch hybrid                       in-context recall: 0.99 within two minutes
+    python train.py --arch hybrid                       in-context recall: 0.99 in two minutes or so
     python train.py --arch transformer                  the same steps: it stays near 0.3
     python train.py --layers "hyena swiglu" --lr 5e-4   any pattern of layers.py
     python train.py --arch mamba --task text            a language model of Python's own sources
@@ -202,7 +202,7 @@ def choose_machine(config, show=print):
         dtype = "bfloat16" if bf16 else "float32"
     if compiled == "auto":
         # Compiling costs half a minute on two cores, and then saves about a third of each step.
-        T = config.context if config.task == "text" else setting_of(config).length
+        T = config.context if config.task == "text" else setting_of(config).seq_len
         pays = config.steps * config.batch_size * T * config.dim ** 2 > 5e10 and device != "mps"
         compiler = cuda or any(map(shutil.which, ("g++", "clang++", "cl")))
         compiled = "on" if pays and compiler else "off"
@@ -223,7 +223,7 @@ def connect(config):
         return 0, 1
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise UserError(f"RANK is set but {name} is not: start with torchrun, or unset RANK")
+            raise UserError(f"{name} is missing or empty: start with torchrun, or unset RANK")
     if config.task != "text":
         raise UserError(f"torchrun's processes share a run of --task text, not {config.task}")
     if not dist.is_initialized():
@@ -242,8 +242,8 @@ def pad_rows(tokens, targets, rows):
 
 def load_data(config, rank=0, world=1):
     """
-    batch(step) is a training batch, tests(most) yields those of a test, as (tokens, targets), int64
-    (B, T): of a MAD task sequences in a new order each epoch, of a text windows at random places.
+    batch(step): (tokens, targets), int64 (B, T), of a MAD task sequences in a new order each epoch,
+    of text windows at random places. tests(most): the test's batches, of text `most` windows.
     """
     B, T, seed = config.batch_size, config.context, config.seed
     if config.task == "text":
@@ -254,7 +254,7 @@ def load_data(config, rank=0, world=1):
         facts = dict(data=text.name, data_sha256=text.sha256, bytes_per_token=size)
         M, backbone = text.vocab_size, "lm"
     else:
-        setting = setting_of(config)
+        setting, task = setting_of(config), tasks.TASKS[config.task]
         inputs, targets = tasks.generate(setting, setting.num_train, seed, "train")
         test_set = tasks.generate(setting, setting.num_test, seed, "test")
 
@@ -266,8 +266,8 @@ def load_data(config, rank=0, world=1):
 
         test = lambda most: test_set
         facts = dict(data=f"{setting.num_train:,} training, {setting.num_test:,} test sequences",
-                     data_sha256=hashlib.sha256(inputs).hexdigest(), chance=tasks.chance(setting))
-        M, T, backbone = setting.vocab_size, setting.length, tasks.TASKS[config.task].backbone
+                     data_sha256=hashlib.sha256(inputs).hexdigest(), chance=task.chance(setting))
+        M, T, backbone = setting.vocab_size, inputs.shape[1], task.backbone
 
     def batches(arrays):
         rows = math.ceil(B / world)
@@ -303,7 +303,7 @@ def compute_loss(model, tokens, targets):
     loss = sum(losses) / (labels != IGNORE).sum().clamp(min=1)
     return loss, None if torch.is_grad_enabled() else torch.cat(predictions).view_as(targets)
 
-COMPILED = {}          # runs of a grid that have one shape share a model and its compiled loss
+COMPILED = {}      # compiling is slow: runs of one shape put their weights into one compiled model
 
 def build(config, rank=0, world=1):
     """Data, model, optimizer, and loss_fn(tokens, targets) in the run's precision."""
@@ -424,6 +424,7 @@ def save_checkpoint(path, model, optimizer, **state):
 def restore(folder, state, model, optimizer, device):
     """`state`, model, optimizer and log as they were at the last checkpoint, if there is one."""
     if not (folder / "ckpt.pt").exists():
+        write(folder / "log.jsonl", "")
         return state
     saved = load_checkpoint(folder / "ckpt.pt", device)
     if saved["data_sha256"] != state["data_sha256"]:
@@ -512,7 +513,7 @@ def train(config, verbose=True, bar=None):
             if testing:
                 metrics = state["metrics"] = evaluate(loss_fn, data, TEST, world)
                 entry |= metrics
-                score = metrics.get("test_accuracy", -metrics.get("val_loss", 0.0))
+                score = metrics.get("test_accuracy", -metrics.get("val_loss", 0.0))    # text: < 0
                 if score > state["best"].get("score", -math.inf):
                     state["best"] = dict(metrics, step=step, score=score)
                     save_checkpoint(folder / "best.pt", model, optimizer, **state)
@@ -602,7 +603,7 @@ def score_setting(runs, threads, bar):
                 break
     best = max(results, key=lambda r: r["test_accuracy"], default={})
     keys = ("folder", "test_accuracy", "steps", "wall_s")
-    return dict(setting=asdict(setting), chance=tasks.chance(setting),
+    return dict(setting=asdict(setting), chance=tasks.TASKS[setting.task].chance(setting),
                 token=best.get("test_accuracy"), macro=best.get("macro_accuracy"),
                 runs=[{k: r[k] for k in keys} for r in results])
 
@@ -625,7 +626,6 @@ def mad_score(arch, preset="quick", config=None):
         jobs = [job for job in jobs if job[0].task in config.tasks.split(",")]
     if config.settings == "baseline":
         jobs = [job for job in jobs if job[0] == next(s for s, _ in jobs if s.task == job[0].task)]
-
     jobs = [runs_of(config, *job) for job in jobs[i::n]]
     bar = functools.partial(tqdm, total=len(jobs), unit="setting", dynamic_ncols=True)
     score = functools.partial(score_setting, bar=config.workers == 1,
@@ -658,8 +658,8 @@ def sample(config, n=200):
     prompt = torch.tensor([tasks.encode(config.prompt, saved["tokenizer"])], device=device)
     torch.manual_seed(config.seed)
     tokens = model.generate(prompt, n, temperature=0.8, top_k=50)[0].tolist()
-    text = b"".join(tasks.token_bytes(token, saved["tokenizer"]) for token in tokens)
-    print(text.decode(errors="replace"))
+    table = tasks.token_table(saved["tokenizer"])
+    print(b"".join(table.get(token, b"") for token in tokens).decode(errors="replace"))
 
 def benchmark(config, steps=40):
     """Whole steps of training: MAD's baseline, and on a GPU language models of 20 to 300 M."""
