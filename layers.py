@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tasks import Parser, UserError, run_main, unknown
 
-# GCC 12 compiles the bfloat16 transposes that torch.compile writes for AVX512 to nonsense (nan). This
+# GCC 12 compiles the bfloat16 transposes that torch.compile writes for AVX512 to nonsense. This
 # turns the pass at fault off, by the one variable whose value reaches the compiler's command line.
 os.environ.setdefault("TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG",
                       "off -fno-tree-slp-vectorize")

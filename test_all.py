@@ -48,15 +48,13 @@ def tasks_setting(task, **change):
     return dataclasses.replace(tasks.BASELINES[task], **change)
 
 SIX = [*tasks.BASELINES.values()][:6]
-HARD = [tasks_setting(RECALL, vocab_size=7, seq_len=4), tasks_setting(RECALL, seq_len=512),
-        tasks_setting(FUZZY, vocab_size=128, seq_len=257),
-        tasks_setting(FUZZY, vocab_size=7, seq_len=12),
-        tasks_setting(FUZZY, vocab_size=8, max_motif=1),
-        tasks_setting(NOISY, frac_noise=0.99, seq_len=16),
-        tasks_setting(NOISY, frac_noise=0.8, vocab_size=144),
-        tasks_setting(COPYING, num_tokens_to_copy=127, seq_len=255),
-        tasks_setting(COMPRESSION, vocab_size=3, seq_len=2),
-        tasks_setting(MEMORIZATION, vocab_size=8191)]
+HARD = [tasks_setting(task, **change) for task, change in (
+    (RECALL, dict(vocab_size=7, seq_len=4)), (RECALL, dict(seq_len=512)),
+    (FUZZY, dict(vocab_size=128, seq_len=257)), (FUZZY, dict(vocab_size=7, seq_len=12)),
+    (FUZZY, dict(vocab_size=8, max_motif=1)), (NOISY, dict(frac_noise=0.99, seq_len=16)),
+    (NOISY, dict(frac_noise=0.8, vocab_size=144)),
+    (COPYING, dict(num_tokens_to_copy=127, seq_len=255)),
+    (COMPRESSION, dict(vocab_size=3, seq_len=2)), (MEMORIZATION, dict(vocab_size=8191)))]
 SETTINGS = [*tasks.BASELINES.values(), *HARD]
 
 @pytest.mark.parametrize("s", SETTINGS, ids=str)
@@ -174,9 +172,6 @@ def tasks_run(*args, **options):
 def test_the_file_shows_each_task():
     done = tasks_run(tasks.__file__)
     assert done.stdout.count("oracle 1.000") == len(tasks.TASKS)
-    assert max(map(len, done.stdout.split("\n"))) <= 100
-    done = tasks_run(tasks.__file__, "--task")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error: " in done.stderr
     done = subprocess.run(f"{sys.executable} {tasks.__file__} | head -1", shell=True,
                           capture_output=True, text=True)
     assert done.stdout.startswith(RECALL) and done.stdout.count("\n") == 1 and not done.stderr
@@ -314,20 +309,16 @@ def test_the_default_corpus():
 
 def test_windows():
     tokens = np.arange(300)
-    drawn = [tasks.text_batch(tokens, 16, 8, 0, step) for step in range(300)]
-    for x, y in drawn:
-        assert x.shape == y.shape == (8, 16) and x.dtype == np.int64 and (y == x + 1).all()
-    assert {x[0, 0] for x, _ in drawn} <= set(range(284)) and np.max([y for _, y in drawn]) == 299
-    assert (tasks.text_batch(tokens, 16, 8, 0, 7)[0] == drawn[7][0]).all()
-    assert (tasks.text_batch(tokens, 16, 8, 1, 7)[0] != drawn[7][0]).any()
+    x, y = np.moveaxis([tasks.text_batch(tokens, 16, 8, 0, i) for i in range(300)], 1, 0)
+    assert x.dtype == np.int64 and (y == x + 1).all() and x.min() == 0 and y.max() == 299
+    assert (tasks.text_batch(tokens, 16, 8, 0, 7)[0] == x[7]).all() and (x[8] != x[7]).any()
+    assert (tasks.text_batch(tokens, 16, 8, 1, 7)[0] != x[7]).any()
     for most, count in ((5, 5), (999, 18)):
         starts = tasks.val_starts(tokens, 16, most)
         assert len(starts) == count and np.diff(starts).min() >= 16 and np.ptp(np.diff(starts)) <= 1
         assert starts[0] == 0 and tasks.text_windows(tokens, starts, 16)[1][-1, -1] == 299
-    for act in (lambda: tasks.text_windows(tokens, tasks.val_starts(tokens, 300, 9), 300),
-                lambda: tasks.text_batch(tokens, 300, 8, 0, 0)):
-        with pytest.raises(tasks.UserError, match="--context"):
-            act()
+    with pytest.raises(tasks.UserError, match="--context"):
+        tasks.text_batch(tokens, 300, 8, 0, 0)
 
 def test_without_a_network(toy, monkeypatch):
     def fetch(name):
