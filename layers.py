@@ -14,7 +14,7 @@ has. To add one: copy a class, change its equation, add a line to LAYERS. Tests,
 --layers then know it. Weights are float32 or float64; under autocast, matrix products are bf16.
 
   python layers.py                  each layer's equation, cost, time of its fast path and its loop
-  python layers.py --layers mamba,hyena --compile --peers
+  python layers.py --layers mamba,hyena --compile
   python layers.py --show mamba     which tokens it mixes
 """
 import ctypes
@@ -119,7 +119,7 @@ def linear_scan_reference(a, b):
 # An operator again, since torch.compile would unroll the loop. Returns every h, and the last one.
 # reverse: h_t = a_{t+1} h_{t+1} + b_t, from the end.
 @torch.library.custom_op("nanomad::scan", mutates_args=())
-def scan(a: Tensor, b: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def step_scan(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(b, memory_format=torch.contiguous_format)
     a, b, hs = a.unbind(1), b.unbind(1), out.unbind(1)
     if reverse:
@@ -131,18 +131,33 @@ def scan(a: Tensor, b: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor
 def scan_backward(ctx, g, g_last):
     """The same scan, backwards in time: g_t = dL/dh_t + a_{t+1} g_{t+1}."""
     a, h, hs = ctx.saved_tensors
-    g, g_first = scan(a, g, g_last, True)
+    g, g_first = step_scan(a, g, g_last, True)
     before = torch.cat((h[:, None], hs[:, :-1]), 1)                           # h_{t-1}
     return g * before, g, g_first * a[:, 0], None
 
-scan.register_fake(lambda a, b, h, reverse: (b.new_empty(b.shape), h.new_empty(h.shape)))
-scan.register_autograd(scan_backward, setup_context=lambda ctx, inputs, output:
-                       ctx.save_for_backward(inputs[0], inputs[2], output[0]))
+step_scan.register_fake(lambda a, b, h, reverse=False: (b.new_empty(b.shape), h.new_empty(h.shape)))
+step_scan.register_autograd(scan_backward, setup_context=lambda ctx, inputs, output:
+                            ctx.save_for_backward(inputs[0], inputs[2], output[0]))
+
+associative_scan = getattr(torch._higher_order_ops, "associative_scan", None)
+
+def parallel_scan(a, b, h):
+    """The same for a GPU: pairs of neighbours, pairs of pairs .., in log2 T rounds; the compiler
+    makes one kernel of them. Two steps in a row are again one: h -> a' (a h + b) + b'."""
+    join = lambda first, then: (then[0] * first[0], then[0] * first[1] + then[1])
+    compiled = b.is_cuda and torch.compiler.is_compiling()
+    a, b = associative_scan(join, (a, b), 1, combine_mode="pointwise" if compiled else "generic")
+    hs = a * h.unsqueeze(1) + b
+    return hs, hs.select(1, -1)
+
+def scan(a, b, h):
+    parallel = associative_scan and b.device.type != "cpu"
+    return (parallel_scan if parallel else step_scan)(a.expand_as(b), b, h)
 
 def linear_scan(a, b):
-    """The same in one operator."""
+    """The same without the loop in Python."""
     a, b = upcast(a), upcast(b)
-    return scan(a.expand_as(b), b, torch.zeros_like(b[:, 0]), False)[0]
+    return scan(a, b, torch.zeros_like(b[:, 0]))[0]
 
 # -------------------------------------------------------------------------------------------------
 #   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,     y_t = C_t . h_t          (a state of N a channel)
@@ -170,7 +185,7 @@ def selective_scan(x, dt, A, B, C):
     steps = x.shape[1] if torch.compiler.is_compiling() else 2 * cached(h.numel(), x.device)
     for x, dt, B, C in zip(*(p.split(steps, 1) for p in (x, dt, B, C))):
         a = (dt[:, :, None] * A).exp()                                        # (B, steps, N, C)
-        hs, h = scan(a, (dt * x)[:, :, None] * B[..., None], h, False)
+        hs, h = scan(a, (dt * x)[:, :, None] * B[..., None], h)
         ys.append((hs * C[..., None]).sum(2))
     return torch.cat(ys, 1)
 
@@ -414,21 +429,29 @@ def causal_attention_reference(q, k, v, window=None):
 
 def causal_attention(q, k, v, window=None):
     """The same by torch's fused kernel on a GPU. On a CPU its backward pass is slow for narrow
-    heads: two matrix products and a softmax there, by blocks of rows, each with the blocks of keys
-    that it can read: all up to its own or, in a window, the one before and its own."""
-    T = q.shape[2]
+    heads: two matrix products and a softmax there, by blocks of rows, each with all keys up to its
+    end. With a window, anywhere, all blocks at once, each with its own keys and the block before.
+    """
+    T, K = q.shape[2:]
     if window is None and q.device.type != "cpu":
         # Its fast forms want a head's channels contiguous in memory.
         return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v, is_causal=True)
-    rows, before = (max(64, T // 8), T) if window is None else (max(32, window), 1)
-    k, v, ys = k.split(rows, 2), v.split(rows, 2), []
-    for i, q in enumerate((q / q.shape[-1] ** 0.5).split(rows, 2)):
-        first = max(0, i - before)
-        k_i, v_i = torch.cat(k[first:i + 1], 2), torch.cat(v[first:i + 1], 2)
-        t = torch.arange(q.shape[2], device=q.device)[:, None] + (i - first) * rows
-        s = torch.arange(k_i.shape[2], device=q.device)
-        hidden = (s > t) | (s <= t - (window or T))
-        p = (q @ k_i.mT).masked_fill(hidden, -torch.inf).softmax(-1)          # (B, H, rows, s)
+    if window is not None:
+        rows = max(32, window)
+        cut = lambda x: F.pad(x, (0, 0, 0, -T % rows)).unflatten(2, (-1, rows))
+        both = lambda x: torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3)
+        q, k, v = cut(q), both(cut(k)), both(cut(v))                          # (B, H, n, rows, K)
+        t = torch.arange(q.shape[2] * rows, device=q.device).view(-1, rows, 1)
+        s = t[:, :1] - rows + torch.arange(2 * rows, device=q.device)         # (n, 1, 2 rows)
+        p = (q / K ** 0.5 @ k.mT).masked_fill((s > t) | (s <= t - window) | (s < 0), -torch.inf)
+        return (p.softmax(-1) @ v).flatten(2, 3)[:, :, :T]
+    rows, ys = max(64, T // 8), []
+    k, v = k.split(rows, 2), v.split(rows, 2)
+    for i, q in enumerate((q / K ** 0.5).split(rows, 2)):
+        k_i, v_i = torch.cat(k[:i + 1], 2), torch.cat(v[:i + 1], 2)
+        scores = q @ k_i.mT                                                   # (B, H, rows, s)
+        later = torch.ones_like(scores[0, 0], dtype=bool).triu(i * rows + 1)
+        p = scores.masked_fill(later, -torch.inf).softmax(-1)
         ys.append(p @ v_i)                                                    # (B, H, rows, K)
     return torch.cat(ys, 2)
 
@@ -522,7 +545,6 @@ class Hyena(Layer):
     short convolution. order: width of the filter's MLP. experts, top_k: the inner channels are so
     many narrow Hyenas, of which a token reads top_k (section 3: sparse parallel topology). All
     convolve all tokens, since a later one may read any."""
-
     def __init__(self, dim, max_len, expand=4, kernel=3, order=4, experts=None, top_k=2):
         super().__init__()
         inner = expand * dim
@@ -585,10 +607,11 @@ def toeplitz_attention(q, k, v, h):
         mask = F.pad(h, (T - 1, 0)).unfold(-1, T, 1).flip(-1).to(q.dtype)     # (H, t, s): h_{t-s}
         return (q @ k.mT * mask) @ v
     q, k, v = (x.mT.contiguous() for x in (q, k, v))                          # (B, H, K or V, T)
-    y, h = 0, h.repeat_interleave(v.shape[2], 0)                              # (H V, T)
-    for q_i, k_i in zip(q.unbind(2), k.unbind(2)):         # one at a time: K times less memory
-        z = long_conv((k_i[:, :, None] * v).flatten(1, 2).mT, h)              # (B, T, H V)
-        y = y + q_i[:, :, None] * z.mT.view(v.shape)
+    y, n = 0, min(q.shape[2], cached(v.numel(), v.device))   # on a GPU all K at once
+    for q_i, k_i in zip(q.split(n, 2), k.split(n, 2)):
+        kv = k_i[:, :, :, None] * v[:, :, None]                               # (B, H, n, V, T)
+        z = long_conv(kv.flatten(1, 3).mT, h.repeat_interleave(kv.shape[2] * kv.shape[3], 0))
+        y = y + (q_i[:, :, :, None] * z.mT.view(kv.shape)).sum(2)             # (B, H, V, T)
     return y.mT
 
 class MultiHeadHyena(Hyena):
@@ -596,7 +619,6 @@ class MultiHeadHyena(Hyena):
     Hyena whose gates k * v and q * are k (x) v and q . inside a head, all its channels sharing one
     filter (Massaroli et al. 2023). mad-lab passes the number of heads where the width of a head
     belongs and ties the projections; here, at D = 128, 16 heads have width 8, and W is full."""
-
     def __init__(self, dim, max_len, heads=16, kernel=3, order=2):
         check_divides("heads", heads, dim)
         super().__init__(dim, max_len, 1, kernel, order)
@@ -895,7 +917,11 @@ class Mamba(Layer):
     def forward(self, x):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
         x = F.silu(self.short(x))
-        return self.readout(selective_scan(x, *self.selection(x)), x, z)
+        # On a GPU nothing of N states a channel is kept for the backward pass: it scans again.
+        y = (selective_scan(x, *self.selection(x)) if x.device.type == "cpu" else
+             torch.utils.checkpoint.checkpoint(selective_scan, x, *self.selection(x),
+                                               use_reentrant=False))
+        return self.readout(y, x, z)
 
     def step(self, x, state):
         tail, h = state
@@ -1036,27 +1062,10 @@ def draw(matrix, shades=" .:-=+*#%@"):
     rows = (shade(matrix) * (len(shades) - 1)).ceil().int()
     return "\n".join("".join(2 * shades[i] for i in row).rstrip() for row in rows)
 
-def show_mixing(pictures, plot=None):
-    """{title: (T, T)} as text, or as a figure in the file `plot`. UserError if that can't be."""
-    if not plot:
-        for title, matrix in pictures.items():
-            print(f"{title}: outputs t down, inputs s across\n{draw(matrix)}\n")
-        return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    columns = min(5, len(pictures))
-    rows = -(-len(pictures) // columns)
-    figure = Figure((2.4 * columns, 2.6 * rows), layout="constrained")
-    for i, (title, matrix) in enumerate(pictures.items(), 1):
-        ax = figure.add_subplot(rows, columns, i, title=title, xlabel="input s", ylabel="output t")
-        ax.imshow(shade(matrix).tolist(), cmap="Greys", vmin=0, vmax=1)
-    try:
-        figure.savefig(plot, dpi=110)
-    except (OSError, ValueError) as error:               # no such folder, no such format
-        raise UserError(f"--plot {plot}: {error}") from None
-    print(f"written: {plot}")
+def show_mixing(pictures):
+    """Prints {title: (T, T)}."""
+    for title, matrix in pictures.items():
+        print(f"{title}: outputs t down, inputs s across\n{draw(matrix)}\n")
 
 # ============================================ Speed ==============================================
 
@@ -1077,52 +1086,47 @@ def seconds(f, device="cpu", repeat=5):
     times = timeit.repeat(run, number=1, repeat=repeat + 1)
     return min(times[1:] or times)
 
-def time_layer(layer, shape, device, repeat=5, **replaced):
-    """Seconds of forward, and of forward + backward; replaced: functions of this file."""
-    x = torch.randn(shape, device=device, requires_grad=True)
-
+def time_layer(layer, x, repeat):
+    """Seconds of forward, and of forward + backward, on a GPU with matrix products in bfloat16."""
     def run(backward):
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             y = layer(x)
         if backward:
             torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
-    with mock.patch.dict(globals(), replaced):
-        return [seconds(lambda: run(backward), device, repeat) for backward in (False, True)]
+
+    return [seconds(lambda: run(backward), x.device.type, repeat) for backward in (False, True)]
 
 LOOPS = {name.removesuffix("_reference"): f for name, f in globals().items()
          if name.endswith("_reference")}
 
 def benchmark(args, B, T, D):
-    """Prints each layer's equation and cost; then times: its own, its loop's, a peer's."""
+    """Prints each layer's equation and cost; then the times of its fast path and of its loop."""
     layers = {name: build_layer(name, D, T).to(args.device) for name in args.layers.split(",")}
-    a, b = torch.randn(2, 1024, 1024, device=args.device)
-    unit = seconds(lambda: a @ b, args.device, 20)
-    print(f"{args.device}, {'bf16' if args.device == 'cuda' else 'float32'}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}; B {B}, T {T}, D {D}; "
-          f"a unit is a 1024^3 float32 product, {1e3 * unit:.2f} ms\n\n"
-          f"{'layer':<27}{'state':>11}{'MFLOP/token':>12}{'fwd ms':>9}{'fwd+bwd':>10}{'units':>8}")
+    cuda, x = args.device == "cuda", torch.randn(B, T, D, device=args.device, requires_grad=True)
+    n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    a = torch.randn(n, n, device=args.device, dtype=dtype)
+    rate = 2 * n ** 3 / seconds(lambda: a @ a, args.device, 20)               # FLOP/s
+    print(f"{torch.cuda.get_device_name() if cuda else 'cpu'}, {dtype}, {torch.get_num_threads()} "
+          f"threads, torch {torch.__version__}; B {B}, T {T}, D {D}; a unit is a product 1024^3, "
+          f"{2e3 * 1024 ** 3 / rate:.2f} ms\n\n{'layer':<27}{'state':>11}{'MFLOP/token':>12}"
+          f"{'fwd ms':>9}{'fwd+bwd':>10}{'units':>8}{'of rate':>8}{'peak MB':>9}")
     for name, layer in layers.items():
         print(f"\n{(inspect.getdoc(layer) or name).splitlines()[0]}")
-        rows = [(f"{name:<27}{layer.nominal(T):>11,}{layer.flops(T) / T / 1e6:>12.3f}", layer, {})]
-        if args.loops and not args.long and not args.compile:
-            rows.append(("  its loop", layer, dict(LOOPS, repeat=0)))
-        if args.peers and name in ("attention", "mh-attention"):
-            fused = lambda *qkv_window: F.scaled_dot_product_attention(
-                *(p.contiguous() for p in qkv_window[:3]), is_causal=True)
-            rows.append(("  torch's SDPA", layer, dict(causal_attention=fused)))
-        if args.peers and name == "mamba":
-            try:
-                from mambapy.mamba import MambaBlock, MambaConfig
-            except ImportError:
-                raise UserError("--peers times mambapy, too: pip install mambapy") from None
-            peer = MambaBlock(MambaConfig(d_model=D, n_layers=1, d_state=4, dt_rank=8))
-            rows.append(("  mambapy", peer.to(args.device), {}))
+        flops, loops = layer.flops(T) * B, args.loops and not (args.long or args.compile)
         if args.compile:
             layer.compile(dynamic=False)
-        for title, module, replaced in rows:
-            forward, both = time_layer(module, (B, T, D), args.device, **replaced)
-            print(f"{title:<50}{1e3 * forward:>9.1f}{1e3 * both:>10.1f}{both / unit:>8.1f}",
-                  flush=True)
+        for title, replaced in [(name, {}), ("  its loop", LOOPS)][:1 + loops]:
+            cuda and torch.cuda.reset_peak_memory_stats()
+            try:
+                with mock.patch.dict(globals(), replaced):
+                    forward, both = time_layer(layer, x, repeat=0 if replaced else 5)
+            except RuntimeError as error:                  # such as a lack of memory: go on
+                print(f"{title:<27}{error}"[:100])
+                continue
+            peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else math.nan
+            print(f"{title:<27}{layer.nominal(T):>11,}{flops / B / T / 1e6:>12.3f}"
+                  f"{1e3 * forward:>9.2f}{1e3 * both:>10.2f}{both * rate / 2 / 1024 ** 3:>8.1f}"
+                  f"{3 * flops / both / rate:>8.3f}{peak:>9.0f}", flush=True)
 
 def main():
     parser = Parser(description="Time each layer's fast path, and the loop that defines it.")
@@ -1130,19 +1134,15 @@ def main():
     parser.add_argument("--long", action="store_true", help="at (2, 4096, 512), not (8, 1024, 128)")
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--no-loops", dest="loops", action="store_false", help="skip the loops")
-    parser.add_argument("--peers", action="store_true", help="time SDPA and mambapy beside ours")
     parser.add_argument("--show", metavar="LAYER", help="draw which tokens a layer (or: all) mixes")
-    parser.add_argument("--plot", metavar="PNG", help="with --show: a figure instead of text")
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     parser.add_argument("--device", default=devices[0], choices=devices)
     args = parser.parse_args()
-    if args.plot and not args.show:
-        raise UserError("--plot draws what --show asks for: --show mamba --plot mamba.png")
     torch.manual_seed(0)
     if args.show:
         names = LAYERS if args.show == "all" else [args.show]
         x = torch.randn(1, 48, 128)
-        return show_mixing({n: mixing(build_layer(n, 128, 48), x) for n in names}, args.plot)
+        return show_mixing({n: mixing(build_layer(n, 128, 48), x) for n in names})
     tune_allocator()
     benchmark(args, *((2, 4096, 512) if args.long else (8, 1024, 128)))
 

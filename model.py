@@ -220,7 +220,6 @@ def main(T=128):
     parser = Parser(description="Parameters, state (as carried, as the paper counts) and FLOPs.")
     parser.add_argument("arch", nargs="?", help="one architecture or pattern, layer by layer")
     parser.add_argument("--show", metavar="FOLDER", help="draw what a run's layers mix")
-    parser.add_argument("--plot", metavar="PNG", help="with --show: a figure instead of text")
     args = parser.parse_args()
     if args.show:
         model, saved = load_run(args.show)
@@ -228,7 +227,7 @@ def main(T=128):
         for i, block in enumerate(model.blocks, 1):
             pictures[f"{i} {block.name}"] = mixing(block.layer, block.norm(x))
             x = block(x)
-        show_mixing(pictures, args.plot)
+        show_mixing(pictures)
     else:
         patterns = {"total": args.arch} if args.arch else ARCHS
         print_ledger({name: Model(p, 16, max_len=T) for name, p in patterns.items()}, T)

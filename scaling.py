@@ -15,6 +15,7 @@ architectures as their losses do (section 4 of the MAD paper, arXiv 2403.17844).
   python scaling.py fit results/sweep.csv [--json]          the laws, as text or one JSON object
   python scaling.py plot results/sweep.csv --out sweep.png  parabolas, optima, losses
   python scaling.py curves out/*/log.jsonl --out curves.png learning curves
+  python scaling.py mixing --out mixing.png                 which tokens each layer mixes
   python scaling.py table --mad results/mad/quick           MAD scores beside the published ones
   python scaling.py compare results/mad-loss.csv --mad results/mad/quick    (or plot: a picture)
 """
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from layers import LAYERS
+from layers import LAYERS, build_layer, mixing, shade
 from model import Model, ledger, parse_pattern, total
 from tasks import TASKS, Parser, UserError, load_text, run_main, vocab_size
 from train import Config, train
@@ -431,6 +432,18 @@ def plot_curves(paths):
     ax.legend(loc="center right")
     return figure
 
+def plot_mixing(names):
+    """How much each output t of untrained layers depends on each input s, on a log scale."""
+    columns = max(c for c in range(1, 7) if len(names) % c == 0)         # so that no place is empty
+    rows = len(names) // columns
+    figure, axes, _ = canvas(rows, columns, figsize=(2.4 * columns, 2.6 * rows))
+    torch.manual_seed(0)
+    for ax, name in zip(axes, names):
+        matrix = mixing(build_layer(name, 128, 48), torch.randn(1, 48, 128))           # (T, T)
+        ax.imshow(shade(matrix).tolist(), cmap="Greys")
+        ax.set(title=name, xlabel="input s", ylabel="output t")
+    return figure
+
 def plot(archs, scores):
     """Parabolas and optima; or, with scores, these against the losses of compare."""
     rows, columns = (1, 1) if scores else (len(archs) // 2 + 1, 2)
@@ -547,14 +560,15 @@ def parse_args(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, both = parser.add_subparsers(dest="command", required=True), "sweep plan"
     sub = {name: commands.add_parser(name)
-           for name in "sweep plan fit plot curves compare table".split()}
+           for name in "sweep plan fit plot curves mixing compare table".split()}
     listed = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     for names, option, settings in (
             ("fit plot compare", "runs", dict(help="CSV file: N, D, loss[, C, arch, state]")),
             ("compare table", "--mad", dict(required=True, help="scores of train.py, or a CSV")),
             ("plot", "--mad", dict(help="such scores, to draw instead of the sizes")),
             ("curves", "logs", dict(nargs="+", help="log.jsonl of runs")),
-            ("plot curves", "--out", dict(required=True, help="image file, .png or .pdf")),
+            ("mixing", "layers", dict(nargs="*", default=list(LAYERS), help="names")),
+            ("plot curves mixing", "--out", dict(required=True, help="image file, .png or .pdf")),
             ("fit compare", "--json", dict(action="store_true", help="print JSON")),
             ("fit", "--target", dict(type=float, help="FLOPs to predict the optimum of")),
             (both, "--archs", dict(type=listed(str), default="transformer,hybrid", help="names")),
@@ -584,10 +598,14 @@ def main(argv=None):
             report("run", run)
     elif args.command == "table":
         print(table(*read_scores(args.mad)))
-    elif args.command == "curves":
-        plot_curves(args.logs).savefig(args.out)
-    elif args.command == "plot":
-        plot(read_runs(args.runs), args.mad and read_scores(args.mad)[1]).savefig(args.out)
+    elif args.command in ("plot", "curves", "mixing"):
+        figure = (plot_curves(args.logs) if args.command == "curves" else
+                  plot_mixing(args.layers) if args.command == "mixing" else
+                  plot(read_runs(args.runs), args.mad and read_scores(args.mad)[1]))
+        try:
+            figure.savefig(args.out)
+        except (OSError, ValueError) as error:            # no such folder, no such format
+            raise UserError(f"--out {args.out}: {error}") from None
     else:
         result = {arch: analyse(runs, args.target) for arch, runs in read_runs(args.runs).items()
                   } if args.command == "fit" else dict(

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import tasks
-from layers import tune_allocator
+from layers import associative_scan, tune_allocator
 from model import (ARCHS, Model, decayed, ledger, load_checkpoint, load_run, print_ledger, stripe,
                    total)
 from tasks import IGNORE, Parser, UserError, run_main, unknown
@@ -208,6 +208,7 @@ def choose_machine(config, show=print):
         compiled = "on" if pays and compiler else "off"
         reason = f"it {'pays' if pays else 'does not pay'} in {config.steps:,} steps"
         reason += "" if compiler else ", but there is no C++ compiler: g++ makes training faster"
+    reason += "" if associative_scan or device == "cpu" else "; this torch scans token by token"
     card = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} cores"
     show(f"machine  {device} ({card}), matrix products in {dtype}\ncompile  {compiled}: {reason}")
     if device == "cpu":
@@ -255,23 +256,25 @@ def load_data(config, rank=0, world=1):
         M, backbone = text.vocab_size, "lm"
     else:
         setting, task = setting_of(config), tasks.TASKS[config.task]
-        inputs, targets = tasks.generate(setting, setting.num_train, seed, "train")
+        arrays = tasks.generate(setting, setting.num_train, seed, "train")
+        inputs, targets = (torch.from_numpy(a).to(config.device) for a in arrays)
         test_set = tasks.generate(setting, setting.num_test, seed, "test")
 
+        @functools.lru_cache(1)
+        def order(epoch):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            return torch.randperm(len(inputs), generator=generator).to(config.device).split(B)
         def draw(step):
             epoch, i = divmod(step, math.ceil(len(inputs) / B))
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            rows = torch.randperm(len(inputs), generator=generator).split(B)[i]
-            return inputs[rows], targets[rows]
-
+            return inputs[order(epoch)[i]], targets[order(epoch)[i]]
         test = lambda most: test_set
         facts = dict(data=f"{setting.num_train:,} training, {setting.num_test:,} test sequences",
-                     data_sha256=hashlib.sha256(inputs).hexdigest(), chance=task.chance(setting))
+                     data_sha256=hashlib.sha256(arrays[0]).hexdigest(), chance=task.chance(setting))
         M, T, backbone = setting.vocab_size, inputs.shape[1], task.backbone
 
-    def batches(arrays):
+    def batches(pair):
         rows = math.ceil(B / world)
-        parts = (torch.from_numpy(a[rank::world]).to(config.device).split(rows) for a in arrays)
+        parts = (torch.as_tensor(x[rank::world], device=config.device).split(rows) for x in pair)
         return (pad_rows(*pair, rows) for pair in zip(*parts))
 
     return SimpleNamespace(batch=lambda step: next(batches(draw(step))), facts=facts,
@@ -303,7 +306,7 @@ def compute_loss(model, tokens, targets):
     loss = sum(losses) / (labels != IGNORE).sum().clamp(min=1)
     return loss, None if torch.is_grad_enabled() else torch.cat(predictions).view_as(targets)
 
-COMPILED = {}      # compiling is slow: runs of one shape put their weights into one compiled model
+COMPILED = []          # shape of the last compiled run: its graphs serve other runs of that shape
 
 def build(config, rank=0, world=1):
     """Data, model, optimizer, and loss_fn(tokens, targets) in the run's precision."""
@@ -315,14 +318,12 @@ def build(config, rank=0, world=1):
         net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     loss = functools.partial(compute_loss, net)
     if config.compile == "on":
-        key = (*model.args.values(), config.batch_size, config.device, config.dtype, world)
-        if key not in COMPILED:
-            COMPILED.clear()
+        shape = [*model.args.values(), config.batch_size, config.device, config.dtype, world]
+        if shape != COMPILED:
+            COMPILED[:] = shape
             torch.compiler.reset()                # it keeps only a few graphs of a function
-            COMPILED[key] = model, torch.compile(loss, dynamic=False)
-        values = model.state_dict()
-        model, loss = COMPILED[key]
-        model.load_state_dict(values)
+        graphs = {"cuda": "reduce-overhead"}.get(config.device)               # CUDA's
+        loss = torch.compile(loss, dynamic=False, mode=graphs)
 
     def loss_fn(tokens, targets):
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
@@ -368,7 +369,7 @@ def evaluate(loss_fn, data, most=TEST, world=1):
     for tokens, labels in data.tests(most):
         mean, predicted = loss_fn(tokens, labels)
         loss = loss + mean * (labels != IGNORE).sum()
-        predictions.append(predicted)
+        predictions.append(predicted.clone())             # a CUDA graph overwrites its results
         targets.append(labels)
     predictions, targets = torch.cat(predictions), torch.cat(targets)         # (n, T)
     scored = targets != IGNORE
@@ -451,7 +452,6 @@ def catch_signals():
     def handler(number, frame):
         caught.append(number)
         signal.signal(number, before[number])
-
     for number, old in before.items():
         signal.signal(number, old if old == signal.SIG_IGN else handler)      # workers ignore one
     try:
@@ -602,10 +602,10 @@ def score_setting(runs, threads, bar):
             if results[-1]["test_accuracy"] >= run.early_stop:
                 break
     best = max(results, key=lambda r: r["test_accuracy"], default={})
-    keys = ("folder", "test_accuracy", "steps", "wall_s")
     return dict(setting=asdict(setting), chance=tasks.TASKS[setting.task].chance(setting),
                 token=best.get("test_accuracy"), macro=best.get("macro_accuracy"),
-                runs=[{k: r[k] for k in keys} for r in results])
+                runs=[{k: r[k] for k in ("folder", "test_accuracy", "steps", "wall_s")}
+                      for r in results])
 
 def average(rows):
     """The mean of each column, or None where all runs of a row have diverged."""
