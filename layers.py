@@ -1112,7 +1112,7 @@ def benchmark(args, B, T, D):
           f"{'fwd ms':>9}{'fwd+bwd':>10}{'units':>8}{'of rate':>8}{'peak MB':>9}")
     for name, layer in layers.items():
         print(f"\n{(inspect.getdoc(layer) or name).splitlines()[0]}")
-        flops, loops = layer.flops(T) * B, args.loops and not (args.long or args.compile)
+        flops, loops = layer.flops(T) * B, args.loops and not args.compile
         if args.compile:
             layer.compile(dynamic=False)
         for title, replaced in [(name, {}), ("  its loop", LOOPS)][:1 + loops]:
@@ -1131,7 +1131,7 @@ def benchmark(args, B, T, D):
 def main():
     parser = Parser(description="Time each layer's fast path, and the loop that defines it.")
     parser.add_argument("--layers", default=",".join(LAYERS), help="names, with commas between")
-    parser.add_argument("--long", action="store_true", help="at (2, 4096, 512), not (8, 1024, 128)")
+    parser.add_argument("--shape", type=int, nargs=3, default=(8, 1024, 128), metavar=tuple("BTD"))
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--no-loops", dest="loops", action="store_false", help="skip the loops")
     parser.add_argument("--show", metavar="LAYER", help="draw which tokens a layer (or: all) mixes")
@@ -1144,7 +1144,7 @@ def main():
         x = torch.randn(1, 48, 128)
         return show_mixing({n: mixing(build_layer(n, 128, 48), x) for n in names})
     tune_allocator()
-    benchmark(args, *((2, 4096, 512) if args.long else (8, 1024, 128)))
+    benchmark(args, *args.shape)
 
 if __name__ == "__main__":
     run_main(main)

@@ -14,8 +14,7 @@ architectures as their losses do (section 4 of the MAD paper, arXiv 2403.17844).
   python scaling.py plan                                    lists the runs at the paper's budgets
   python scaling.py fit results/sweep.csv [--json]          the laws, as text or one JSON object
   python scaling.py plot results/sweep.csv --out sweep.png  parabolas, optima, losses
-  python scaling.py curves out/*/log.jsonl --out curves.png learning curves
-  python scaling.py mixing --out mixing.png                 which tokens each layer mixes
+  python scaling.py curves out/*/log.jsonl --out curves.png learning curves; mixing: of layers
   python scaling.py table --mad results/mad/quick           MAD scores beside the published ones
   python scaling.py compare results/mad-loss.csv --mad results/mad/quick    (or plot: a picture)
 """
