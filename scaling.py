@@ -470,7 +470,7 @@ def plot(archs, scores):
     axes[-1].set(title="all runs and optima", xlabel="training compute C, FLOPs")
     for ax in axes:
         ax.set(xscale="log", ylabel="loss, nats a token")
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))       # below
     return figure
 
 # -- Runs to fit: IsoFLOP groups; (width, blocks) has about 12 blocks width^2 parameters -----------
