@@ -224,7 +224,7 @@ def decayed_scores(q, k, log_a):
         steps = log_a.expand(*log_a.shape[:-1], C).tril(-1).cumsum(-2)        # (.., t, s)
         return (q @ k.mT) * steps.exp().tril(), log_a.cumsum(-2), steps[..., -1, :, None]
     if C == 1:
-        return (q * k).sum(-1, keepdim=True), log_a, torch.zeros_like(log_a)
+        return (upcast(q) * k).sum(-1, keepdim=True), log_a, torch.zeros_like(log_a)
     q, k, log_a = (x.unflatten(-2, (2, C // 2)) for x in (q, k, log_a))       # (.., 2, C/2, K)
     scores, to_t, from_s = decayed_scores(q, k, log_a)
     (first, last), (t0, t1), (s0, s1) = (x.unbind(-3) for x in (scores, to_t, from_s))
@@ -244,12 +244,12 @@ def gated_linear_scan(q, k, v, log_a=None, u=None):
         return F.pad(past[:, :, :-1], (0, 0, 1, 0)) + now
     T = q.shape[2]
     C = min(64, 1 << (T - 1).bit_length())                                    # a power of 2
-    cut = lambda x: F.pad(upcast(x), (0, 0, 0, -T % C)).unflatten(2, (-1, C))
-    q, k, v = cut(q), cut(k), cut(v)                                          # (B, H, n, C, .)
+    cut = lambda x: F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))
+    q, k, v = cut(q), cut(k), cut(v)                       # (B, H, n, C, .), bf16 under autocast
     if log_a is None:
         scores, total = (q @ k.mT).tril(), torch.ones_like(q[:1, :, :, 0, :1])
     else:
-        scores, to_t, from_s = decayed_scores(q, k, cut(log_a))
+        scores, to_t, from_s = decayed_scores(q, k, cut(upcast(log_a)))
         q, k, total = q * to_t.exp(), k * from_s.exp(), to_t[..., -1, :].exp()
     y = scores @ v                                                            # (B, H, n, C, V)
     if q.shape[2] > 1:
