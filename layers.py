@@ -430,8 +430,7 @@ def causal_attention_reference(q, k, v, window=None):
 def causal_attention(q, k, v, window=None):
     """The same by torch's fused kernel on a GPU. On a CPU its backward pass is slow for narrow
     heads: two matrix products and a softmax there, by blocks of rows, each with all keys up to its
-    end. With a window, anywhere, all blocks at once, each with its own keys and the block before.
-    """
+    end. With a window, anywhere, all blocks at once, each with its keys and the block before."""
     T, K = q.shape[2:]
     if window is None and q.device.type != "cpu":
         # Its fast forms want a head's channels contiguous in memory.

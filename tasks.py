@@ -42,7 +42,6 @@ def run_main(main):
     """Runs a file's main. Exit codes: 2 UserError, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     def stop(number, frame):
         raise KeyboardInterrupt(128 + number)
-
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:       # nohup ignores SIGHUP
             signal.signal(number, stop)

@@ -632,7 +632,6 @@ def mad_score(arch, preset="quick", config=None):
         with multiprocessing.get_context("spawn").Pool(
                 config.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             records = list(bar(pool.imap(score, jobs)))
-
     by_task = {task: average([r for r in records if r["setting"]["task"] == task])
                for task in dict.fromkeys(r["setting"]["task"] for r in records)}
     mean = average(by_task.values())

@@ -19,7 +19,7 @@ python() { echo; echo "\$ python $*"; command timeout "$limit" python "$@" || ec
     limit=90
     python layers.py --device "$device" --compile --layers "$some" --shape ${SHAPE:-8 1024 128}
     limit=180
-    python train.py --device "$device" --benchmark --steps "${STEPS:-40}"
+    python train.py --device "$device" --benchmark --compile on --steps "${STEPS:-40}"
     limit=90
     python train.py --device "$device" --steps "${RUN:-20000}" --early-stop 2 --out "$(mktemp -d)"
 } 2>&1 | tee "${OUT:-results/h100.txt}"
