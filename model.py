@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from layers import (LAYERS, Experts, ImplicitFilter, RMSNorm, build_layer, count_state, mixing,
                     show_mixing)
-from tasks import Parser, UserError, run_main, unknown
+from tasks import Parser, UserError, encode, run_main, token_table, unknown
 
 # -------------------------------------------------------------------------------------------------
 # Patterns
@@ -161,6 +161,13 @@ def decayed(model):
     return [m.weight for m in model.modules()
             if isinstance(m, (nn.Linear, nn.Embedding, Experts)) and m not in in_filters]
 
+def make_optimizer(model, lr, weight_decay, beta2):
+    """AdamW in two groups: with weight decay, and without."""
+    chosen = {id(p) for p in decayed(model)}
+    groups = [dict(params=[p for p in model.parameters() if (id(p) in chosen) == decays],
+                   weight_decay=weight_decay * decays, initial_lr=lr) for decays in (True, False)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+
 def load_checkpoint(path, device="cpu"):
     """A .pt file of tensors and Python's own types; no code in it runs. UserError if unreadable."""
     try:
@@ -175,6 +182,15 @@ def load_run(folder, device="cpu"):
     model = Model(**saved["model_args"]).to(device)
     model.load_state_dict(saved["model"])
     return model, saved
+
+def sample(folder, prompt, n=200, device="cpu", seed=0):
+    """The prompt and the n tokens that the model in a run's folder writes after it, as text."""
+    model, saved = load_run(folder, device)
+    prompt = torch.tensor([encode(prompt, saved["tokenizer"])], device=device)
+    torch.manual_seed(seed)
+    tokens = model.generate(prompt, n, temperature=0.8, top_k=50)[0].tolist()
+    table = token_table(saved["tokenizer"])
+    return b"".join(table.get(token, b"") for token in tokens).decode(errors="replace")
 
 # -------------------------------------------------------------------------------------------------
 # The ledger

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from layers import LAYERS, build_layer, mixing, shade
+from layers import LAYERS, Attention, build_layer, mixing, shade
 from model import Model, ledger, parse_pattern, total
 from tasks import TASKS, Parser, UserError, load_text, run_main, vocab_size
 from train import Config, train
@@ -477,8 +477,9 @@ def plot(archs, scores):
 SHAPES = [(width, min(32, max(2, 2 * round(width / 128)))) for width in (
     16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280,
     1536, 1792, 2048, 2560, 3072, 4096)]
-COLUMNS = ("arch N N_total state D C loss bits_per_byte seconds budget width depth batch lr steps "
-           "seed epochs context tokenizer data").split()
+RESULTS = ["bits_per_byte", "recall_loss", "other_loss"]
+COLUMNS = ("arch N N_total state D C loss seconds budget width depth batch lr steps seed epochs "
+           "context tokenizer data").split() + RESULTS
 KEY = ("arch", "budget", "width", "depth", "batch", "lr", "steps", "seed")
 
 def pattern_at(arch, width, depth):
@@ -487,7 +488,7 @@ def pattern_at(arch, width, depth):
     for name, given in parse_pattern(arch):
         scaled = {key: value * width // 128 for key, value in LAYERS[name][1].items()
                   if key in ("heads", "width", "dt_rank") and value > 1}
-        if name in ("mh-attention", "mh-sliding-attention"):         # else heads keep their width
+        if issubclass(LAYERS[name][0], Attention) and "heads" in scaled:  # others keep their width
             scaled["heads"] = width // (16 if width < 512 else 64)
         settings = ",".join(f"{key}={value}" for key, value in (scaled | given).items())
         words.append(f"{name}({settings})" if settings else name)
@@ -500,11 +501,11 @@ def isoflop_runs(args, vocab):
     """
     runs, T = [], args.context
     period = int(np.lcm.reduce([len(parse_pattern(arch)) for arch in args.archs])) // 2
-    shapes = {(width, -(-depth // period) * period) for width, depth in SHAPES}
+    shapes = {(width, args.depth or -(-depth // period) * period) for width, depth in SHAPES}
     for C in args.budgets:
         best = np.sqrt(C / 6 / (20 if C > 1e15 else 60))
         near = sorted(shapes, key=lambda shape: abs(np.log(12 * shape[1] * shape[0] ** 2 / best)))
-        batch = max(1, round(2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3))) / T))
+        batch = args.batch or max(1, round(2 ** round(np.log2(2048 * (C / 1e12) ** (1 / 3))) / T))
         for arch, (width, depth) in itertools.product(args.archs, sorted(near[:args.sizes])):
             pattern = pattern_at(arch, width, depth)
             with torch.device("meta"):                               # shapes without memory
@@ -516,7 +517,7 @@ def isoflop_runs(args, vocab):
                 arch=arch, N=N - 2 * vocab * width, N_total=N, D=steps * batch * T,
                 state=sum(layer.nominal(T) for layer in layers), C=3.0 * steps * batch * flops,
                 budget=C, width=width, depth=depth, batch=batch, steps=steps, seed=args.seed,
-                lr=round(0.024 / width ** 0.5, 6), context=T, tokenizer=args.tokenizer,
+                lr=round(args.lr * 0.024 / width ** 0.5, 6), context=T, tokenizer=args.tokenizer,
                 pattern=pattern)] * (steps >= 50)
     return runs
 
@@ -538,8 +539,9 @@ def sweep(args):
         except UserError as error:                        # it diverged
             print(f"failed: {config.name}: {error}", file=sys.stderr)
             continue
-        run |= dict(loss=result["val_loss"], bits_per_byte=result["bits_per_byte"], data=text.name,
-                    seconds=result["wall_s"], epochs=round(run["D"] / len(text.train), 4))
+        run |= {name: result[name] for name in RESULTS} | dict(
+            loss=result["val_loss"], data=text.name, seconds=result["wall_s"],
+            epochs=round(run["D"] / len(text.train), 4))
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
             writer.writerows([dict(zip(COLUMNS, COLUMNS))] * (not file.tell()) + [run])
@@ -573,6 +575,9 @@ def parse_args(argv):
             (both, "--archs", dict(type=listed(str), default="transformer,hybrid", help="names")),
             (both, "--budgets", dict(type=listed(float), help="training FLOPs of each group")),
             (both, "--sizes", dict(type=int, default=7, help="models a budget")),
+            (both, "--depth", dict(type=int, help="blocks of every model, instead of by width")),
+            (both, "--lr", dict(type=float, default=1.0, help="factor of all learning rates")),
+            (both, "--batch", dict(type=int, help="sequences a step, instead of by budget")),
             (both, "--context", dict(type=int, help="tokens a sequence")),
             (both, "--tokenizer", dict(help="bytes, or one of tiktoken's")),
             (both, "--seed", dict(type=int, default=0, help="of parameters and data")),
@@ -583,7 +588,7 @@ def parse_args(argv):
     sub["sweep"].set_defaults(budgets=[1e12, 3e12, 1e13, 3e13], context=128, tokenizer="bytes")
     sub["plan"].set_defaults(budgets=[4e18, 8e18, 2e19, 4e19, 8e19], context=2048, tokenizer="gpt2")
     args = parser.parse_args(argv)
-    for name in ("target", "budgets", "sizes", "context"):
+    for name in ("target", "budgets", "sizes", "context", "depth", "lr", "batch"):
         if (value := getattr(args, name, None)) is not None and not np.min(value) > 0:
             raise UserError(f"--{name} is {value}; permitted: above 0")
     return args

@@ -94,8 +94,7 @@ def dice(setting, seed, *label):
     Its stream depends on the fields that are not at their defaults, but for the numbers of data."""
     changed = [f"{f.name}={getattr(setting, f.name)}" for f in fields(setting)
                if getattr(setting, f.name) != f.default and f.name not in ("num_train", "num_test")]
-    name = " ".join(map(str, (*changed, seed, *label))).encode()
-    digest = hashlib.sha256(name).digest()               # hash() differs between processes
+    digest = hashlib.sha256(" ".join(map(str, (*changed, seed, *label))).encode()).digest()
     bits = np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "big")))
 
     def draw(high, *shape):
@@ -271,15 +270,19 @@ Text = namedtuple("Text", "train val name vocab_size sha256")            # of lo
 
 @functools.cache
 def get_encoding(name):
-    """tiktoken's, which downloads it at its first use. UserError if it can't."""
+    """tiktoken's, downloaded at first use; "gpt2:2048" has its first 2,048 tokens. UserError."""
     import tiktoken
-    if name not in tiktoken.list_encoding_names():
-        raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names()])
+    full, _, size = name.partition(":")
+    if full not in tiktoken.list_encoding_names() or not re.fullmatch(r"([1-9]\d{3})?", size):
+        raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names(), "gpt2:2048"])
     try:
-        return tiktoken.get_encoding(name)
+        full = tiktoken.get_encoding(full)
     except Exception as error:                           # whatever happens on a network
-        raise UserError(f"tokenizer {name} can't be loaded ({error!r:.99}): use bytes, or copy "
-                        f"tiktoken's cache here and set TIKTOKEN_CACHE_DIR to it") from None
+        raise UserError(f"{name}: {error!r:.99}; use bytes, or set TIKTOKEN_CACHE_DIR") from None
+    if not size:
+        return full
+    ranks = {token: i for token, i in full._mergeable_ranks.items() if i < int(size)}
+    return tiktoken.Encoding(name, pat_str=full._pat_str, mergeable_ranks=ranks, special_tokens={})
 
 def vocab_size(tokenizer):
     return SIZES.get(tokenizer) or get_encoding(tokenizer).n_vocab
@@ -308,15 +311,15 @@ def bytes_per_token(targets, tokenizer):
 
 def tokenize(file, tokenizer):
     """tiktoken's ids of a text, kept in a .npy of the temporary folder, whose path it returns."""
-    data = file.read_bytes()
-    path = Path(tempfile.gettempdir(), f"{tokenizer}-{hashlib.sha256(data).hexdigest()}.npy")
-    if not path.exists():
-        pieces = PIECE.findall(data.decode())
+    raw = file.read_bytes()
+    npy = Path(tempfile.gettempdir(), hashlib.sha256(tokenizer.encode() + raw).hexdigest() + ".npy")
+    if not npy.exists():
+        pieces = PIECE.findall(raw.decode())
         bar = tqdm(pieces, f"{file.name} to tokens", leave=False, disable=len(pieces) < 5)
-        new = path.with_suffix(f".{os.getpid()}.npy")
+        new = npy.with_suffix(f".{os.getpid()}.npy")
         np.save(new, np.concatenate([np.array(encode(p, tokenizer), "<u4") for p in bar]))
-        os.replace(new, path)
-    return path
+        os.replace(new, npy)
+    return npy
 
 def open_ids(file, tokenizer):
     """Ids of text, of a .npy, or of a .bin: llm.c's (256 int32, then ids) or ids alone."""
@@ -330,8 +333,7 @@ def open_ids(file, tokenizer):
     for wrong, what in (
             (shard and len(ids) != head[2], f"{len(ids)} ids, but by its header {head[2:]}"),
             (file.suffix == ".bin" and not shard and not (ids[17:256:2] > 3).any(),
-             f"a header that is not llm.c's, or ids that are not {raw[1:]} bytes wide: give the "
-             f"--tokenizer that made them, or a .npy"),
+             f"another header, or ids not {raw[1:]} bytes wide: give their --tokenizer, or a .npy"),
             (ids.ndim > 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= M,
              f"{ids.dtype} that are not all ids below {M}: give the --tokenizer that made them"),
             (tokenizer == "bytes" and (ids[:10 ** 6] < 9).mean() > 0.01,
@@ -341,8 +343,7 @@ def open_ids(file, tokenizer):
     return ids
 
 def load_tokens(path, tokenizer="bytes"):
-    """Ids (n,) of a file, a folder, a glob or a list of files: UTF-8 text, or .bin and .npy. One
-    file is memory-mapped. UserError for unusable data."""
+    """Ids (n,) of a corpus or of a list of files; one is memory-mapped. Raises UserError."""
     parts = []
     for file in path if isinstance(path, list) else corpus(path):
         try:
@@ -360,8 +361,7 @@ def corpus(path):
     files = files or [root] * root.is_file() or [Path(name) for name in glob.glob(str(path))]
     files = sorted(file for file in files if file.is_file() and file.stat().st_size)
     if len({file.suffix in (".bin", ".npy") for file in files}) != 1:
-        raise UserError(f"--data {path} has {len(files)} files; permitted: a file, or a folder or "
-                        f"a glob of text, or of only .bin and .npy")
+        raise UserError(f"--data {path}: {len(files)} files; permitted: text, or .bin and .npy")
     return files
 
 def load_text(path, tokenizer="bytes"):

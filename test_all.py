@@ -233,6 +233,8 @@ def test_text_files_become_tokens_once(tmp_path, toy, monkeypatch):
     assert b"".join(table[t] for t in tokens.tolist()) == text.encode() and 300 not in table
     assert tasks.bytes_per_token(tokens, "gpt2") == pytest.approx(len(text.encode()) / len(tokens))
     assert tasks.bytes_per_token(np.array([65, 300]), "gpt2") == 0.5
+    few = tasks.load_tokens(tmp_path / "one", "gpt2:1000")        # ids below 1000: all but <|bos|>
+    assert few.tolist() == tokens.tolist() and tasks.vocab_size("gpt2:1000") == 262
     for name in ("d", "one"):
         assert tasks.load_tokens(tmp_path / name).tobytes() == text.encode()
     tasks.load_tokens(tmp_path / "d", "gpt2")
@@ -767,17 +769,26 @@ def test_loss_in_pieces_and_padded_is_the_loss(monkeypatch):
     grads, losses = [], []
     for elements in (1 << 26, 100):
         monkeypatch.setattr(train, "LOGITS", elements)
-        losses.append(train.compute_loss(net, tokens, targets)[0])
+        losses.append(train.compute_loss(net, tokens, targets))
         grads.append(torch.autograd.grad(losses[-1], list(net.parameters())))
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     plain = F.cross_entropy(net(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(losses[0], plain)
-    padded = train.pad_rows(tokens, targets, 8)
-    assert padded[0].shape == (8, 12)
-    torch.testing.assert_close(train.compute_loss(net, *padded)[0], plain)
     with torch.no_grad():
-        assert torch.equal(train.compute_loss(net, tokens, targets)[1], net(tokens).argmax(-1))
+        each, predictions = train.compute_loss(net, tokens, targets)
+    assert each.shape == (3, 12) and (each[0, :5] == 0).all()
+    torch.testing.assert_close(each.sum() / 31, plain)
+    assert torch.equal(predictions, net(tokens).argmax(-1))
+
+def test_recall_tokens_of_windows_made_by_hand():
+    often = np.array([1, 2] * 100 + [3, 4] * 99 + [5])
+    windows = np.array([[3, 4, 0, 3, 4, 1, 2, 1, 2, 7, 7, 7], [0, 7, 7, 4, 3, 8, 4, 3, 4, 3, 0, 4]])
+    expected = np.zeros((2, 12), bool)
+    expected[0, [4, 11]] = True                          # 3 4 and 7 7, not 1 2 nor 2 1: known
+    expected[1, [7, 9]] = True                           # 4 3, 98 times in training, twice again
+    assert (train.recall_tokens(often, windows, 2) == expected).all()
+    assert train.recall_tokens(often, windows, 3).sum() == 0
 
 def test_macro_accuracy_of_a_hand_made_case():
     targets = torch.tensor([0, 0, 0, 0, 1, 1])
@@ -952,7 +963,8 @@ def test_text_is_learned_tested_and_written(tmp_path, capsys, runs):
     r = run(Config(out=str(tmp_path), lr=3e-3, **TEXT))
     assert 1.5 < r["val_loss"] < 4.5 < math.log(256)
     assert r["bits_per_byte"] == pytest.approx(r["val_loss"] / math.log(2))
-    train.sample(Config(sample=r["folder"], prompt="The "), n=20)
+    assert sorted((r["recall_loss"], r["other_loss"], r["val_loss"]))[1] == r["val_loss"]
+    print(model.sample(r["folder"], "The ", n=20))
     assert capsys.readouterr().out.startswith("The ")
     config = train.check(Config(out=str(tmp_path), **TEXT))
     assert os.path.isabs(config.data)                           # resumed from any folder
@@ -1042,6 +1054,7 @@ MISTAKES = [
     ("train.py", "--data x.txt", "data"),
     ("train.py", "--task text --data none.txt", "none.txt"),
     ("train.py", "--task text --tokenizer gpt9", "gpt9"),
+    ("train.py", "--task text --tokenizer gpt2:99", "gpt2:99"),
     ("train.py", "--task text --seq-len 64", "seq-len"),
     ("train.py", "--device tpu", "device"),
     ("train.py", "--resume nothing", "resume"),
@@ -1297,7 +1310,7 @@ def test_scaling_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
         if config.dim in errors:
             raise errors[config.dim]
         trained.append(config)
-        return dict(val_loss=2.0, bits_per_byte=2.9, wall_s=1.0)
+        return dict(val_loss=2.0, bits_per_byte=2.9, recall_loss=3.0, other_loss=1.5, wall_s=1.0)
     monkeypatch.setattr(scaling, "train", fake)
     (data := tmp_path / "text.txt").write_text("to be or not to be, " * 2000)
     args = f"sweep --budgets 1e11,2e11 --sizes 5 --out {tmp_path} --data {data}".split()
@@ -1324,6 +1337,28 @@ def test_scaling_sizes_and_costs_of_every_architecture(arch):
     costs = model.total(model.ledger(model.Model(run["pattern"], 256, run["width"], 64), 64))
     assert (run["N_total"], run["state"]) == (costs.parameters, costs.nominal)
     assert run["C"] == 3 * costs.flops * run["batch"] * run["steps"] == pytest.approx(1e12, rel=.01)
+
+def test_scaling_depth_batch_and_rate_of_a_plan():
+    plan = "plan --budgets 1e12 --sizes 2 --depth 4 --batch 3 --lr 0.5 --archs mamba".split()
+    for run in scaling.isoflop_runs(scaling.parse_args(plan), 256):
+        assert (run["depth"], run["batch"], run["pattern"].count("mamba")) == (4, 3, 8)
+        assert run["lr"] == pytest.approx(0.012 / run["width"] ** 0.5, rel=1e-3)
+
+def test_the_trials_own_layer_and_its_renamed_text(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "results")
+    import trial
+    net, x = layers.build_layer("conv-attention", 16, 12, heads=2), torch.randn(2, 12, 16)
+    state, ys = net.init_state(2), []
+    for t in range(12):
+        y, state = net.step(x[:, t], state)
+        ys.append(y)
+    torch.testing.assert_close(torch.stack(ys, 1), net(x))
+    (tmp_path / "a.py").write_text("def f(x):\n    return x + len(x)  # x\n")
+    monkeypatch.setattr(tasks, "corpus", lambda path: [tmp_path / "a.py"])
+    monkeypatch.setattr(trial, "LIBRARY", tmp_path)
+    trial.rename(tmp_path / "new")
+    assert re.fullmatch(r"def (f|x|len)\((\w+)\):\n    return \2 \+ (?!\2)(\w+)\(\2\)  # x\n",
+                        (tmp_path / "new" / "a.py").read_text())
 
 def test_learning_curves_are_drawn(tmp_path):
     log = tmp_path / "hybrid.jsonl"

@@ -1,0 +1,219 @@
+"""
+Does the MAD score predict language modelling? The trial that "Registered" in results/README.md
+describes. It needs cl100k_base, which tiktoken downloads (or has in TIKTOKEN_CACHE_DIR).
+
+  python results/trial.py run [--workers 2]     the runs that are missing, in order, in out/trial
+  python results/trial.py report                tests, table and picture
+"""
+import io
+import keyword
+import multiprocessing
+import signal
+import sys
+import tokenize
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import layers
+import model
+import scaling
+import tasks
+import train
+from layers import Attention, ShortConv, rotate
+
+class ConvAttention(Attention):
+    """Attention whose q, k, v pass a short convolution, as those of Hyena and the deltanets do."""
+
+    def __init__(self, dim, max_len, heads=16, kernel=4):
+        super().__init__(dim, max_len, heads)
+        self.short = ShortConv(3 * dim, kernel)
+        self.state_shapes = [*self.state_shapes, (kernel - 1, dim)]
+
+    def project(self, x, table):
+        """The last positions of x, as many as the table has."""
+        qkv = self.short(self.qkv(x.flatten(1, -2)))[:, -table.shape[-1]:].mT
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)             # (B, H, K, T)
+        return rotate(q, table).mT, rotate(k, table).mT, v.mT
+
+    def step(self, x, state):
+        keys, values, tail, t = state
+        window = torch.cat((tail, x[:, None]), 1)                             # (B, kernel, D)
+        y, (keys, values, t) = super().step(window, (keys, values, t))
+        return y, (keys, values, window[:, 1:], t)
+
+    def mixing_flops(self, T):
+        return 2 * T * self.short.taps.numel()
+
+layers.LAYERS["conv-attention"] = (ConvAttention, dict(heads=16, kernel=4))
+model.ARCHS["conv-transformer"] = model.stripe("conv-attention", "swiglu", 2)
+
+ARCHS = ("transformer conv-transformer sliding mh-linear-attention mh-gla rwkv6 mamba hyena "
+         "mh-hyena hybrid striped-hyena striped-mamba striped-mh-gla deltanet").split()
+PILOT = "transformer conv-transformer hybrid mamba mh-hyena deltanet".split()
+
+# -- The plan: jobs in order, each a function and its arguments ------------------------------------
+
+COMMON = "--tokenizer cl100k_base:2048 --context 512 --depth 4"
+WIDTH, RATE = 32, 0.024         # of the runs at 1e12; scaling.py's learning rate: RATE / width^0.5
+
+def sweep(out, arch, *options):
+    scaling.main(["sweep", *COMMON.split(), "--archs", arch, "--out", f"{out}/{arch}", *options])
+
+def rows(out, arch, budget):
+    found = scaling.read_csv(Path(out, arch, "runs.csv"), ["width", "lr", "seed"], ["loss"])
+    return [row for row in found if float(row["budget"]) == budget]
+
+def rates(out, arch):
+    for factor in "0.5", "1", "2":
+        sweep(out, arch, "--budgets", "1e12", "--sizes", "1", "--batch", "2", "--lr", factor)
+
+def best_rate(out, arch):
+    best = min(rows(out, arch, 1e12), key=lambda row: row["loss"])
+    return ["--lr", f"{float(best['lr']) / RATE * WIDTH ** 0.5:.1g}"]
+
+def sizes(out, arch, budget, batch):
+    sweep(out, arch, "--budgets", budget, "--sizes", "3", "--batch", batch, *best_rate(out, arch))
+
+def seeds(out, arch):
+    best = min(rows(out, arch, 3e12), key=lambda row: row["loss"])
+    scaling.SHAPES = [(int(best["width"]), 4)]
+    for seed in "1", "2":
+        sweep(out, arch, "--budgets", "3e12", "--batch", "2", "--seed", seed, *best_rate(out, arch))
+
+def renamed(out, arch):
+    sweep(f"{out}/renamed", arch, "--data", f"{out}/names", "--budgets", "3e12", "--sizes", "1",
+          "--batch", "2", *best_rate(out, arch))
+
+def hard(out, arch, seed):
+    train.mad_score(arch, "hard", train.Config(out=out, seed=seed, device="cpu", compile="off"))
+
+def go(out, arch):
+    """One run of 3e12 with ten tests: does the loss on recall tokens fall?"""
+    rate = RATE / 48 ** 0.5
+    train.train(train.Config(
+        task="text", tokenizer="cl100k_base:2048", context=512, dim=48, steps=1600, batch_size=2,
+        layers=scaling.pattern_at(arch, 48, 4), warmup=80, clip=1.0, lr=rate, min_lr=rate / 10,
+        beta2=0.95, out=f"{out}/go", name=arch), verbose=False)
+
+PLAN = [*((go, arch) for arch in PILOT),
+        *((rates, arch) for arch in ARCHS), *((hard, arch, 0) for arch in ARCHS),
+        *((sizes, arch, "3e12", "2") for arch in ARCHS), *((hard, arch, 1) for arch in ARCHS),
+        *((sizes, arch, "1e13", "4") for arch in ARCHS), *((renamed, arch) for arch in ARCHS),
+        *((seeds, arch) for arch in ARCHS)]
+
+def work(job):
+    torch.set_num_threads(1)
+    function, *arguments = job
+    function(*arguments)
+    return job
+
+LIBRARY = Path(io.__file__).parent
+
+def rename(folder):
+    """Python's library, in each file every name replaced by one drawn from the names of all files:
+    what a name means can be read nowhere but in its file."""
+    names, texts = {}, {}
+    for path in tasks.corpus(None):
+        try:
+            lines = path.read_text().splitlines(True)
+            tokens = list(tokenize.generate_tokens(io.StringIO("".join(lines)).readline))
+        except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
+            continue
+        spots = [(t.start, t.string) for t in tokens
+                 if t.type == tokenize.NAME and not keyword.iskeyword(t.string)]
+        texts[path] = lines, spots
+        names |= dict.fromkeys(name for _, name in spots)
+    names = sorted(names)
+    for i, (path, (lines, spots)) in enumerate(texts.items()):
+        own = list(dict.fromkeys(name for _, name in spots))
+        new = dict(zip(own, np.random.default_rng(i).choice(names, len(own), replace=False)))
+        for (line, column), name in reversed(spots):
+            text = lines[line - 1]
+            lines[line - 1] = text[:column] + new[name] + text[column + len(name):]
+        target = Path(folder, path.relative_to(LIBRARY))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(lines))
+
+def run(out, workers):
+    if not Path(out, "names").exists():
+        rename(Path(out, "names.tmp"))
+        Path(out, "names.tmp").rename(Path(out, "names"))
+    with multiprocessing.get_context("spawn").Pool(
+            workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for function, *arguments in pool.imap(work, [(f, out, *rest) for f, *rest in PLAN]):
+            print("done:", function.__name__, *arguments[1:], flush=True)
+
+# -- What came out -------------------------------------------------------------------------------
+
+def ranks(x, y):
+    """Spearman's rho of {arch: value} x with y, n, p, and the range of rho without one of them."""
+    archs = [arch for arch in x if arch in y]
+    rho = lambda some: scaling.rank_correlation([x[a] for a in some], [y[a] for a in some])
+    all_ = rho(archs)
+    without = [rho([a for a in archs if a != arch]).rho for arch in archs]
+    return dict(rho=all_.rho, n=all_.n, p=all_.p, low=min(without), high=max(without))
+
+def best_runs(out, budget):
+    """{arch: its run of the least loss at a budget, seed 0}."""
+    floats = ["loss", "recall_loss", "other_loss", "budget"]
+    found = {path.parent.name: [row for row in scaling.read_csv(path, ["seed"], floats)
+                                if row["budget"] == budget and row["seed"] == "0"]
+             for path in Path(out).glob("*/runs.csv")}
+    return {arch: min(some, key=lambda row: row["loss"]) for arch, some in found.items() if some}
+
+RECALL = [task for task in tasks.TASKS if "recall" in task]
+
+def report(out):
+    budgets, parts = [1e12, 3e12, 1e13], ["loss", "recall_loss", "other_loss"]
+    records, score = scaling.read_scores(f"{out}/scores/hard")
+    recall = {arch: np.mean([r["tasks"][task]["macro"] for r in some for task in RECALL])
+              for arch, some in records.items()}
+    runs = {budget: best_runs(out, budget) for budget in budgets}
+    value = lambda budget, part: {arch: row[part] for arch, row in runs[budget].items()}
+    tests = {
+        "primary: hard score, loss at 1e13": (score, value(1e13, "loss")),
+        "second: recall part, recall loss at 1e13": (recall, value(1e13, "recall_loss")),
+        "baseline: loss at 1e12, at 1e13": (value(1e12, "loss"), value(1e13, "loss")),
+        "its recall part": (value(1e12, "recall_loss"), value(1e13, "recall_loss"))}
+    for title, (x, y) in tests.items():
+        if len(x.keys() & y.keys()) >= 3:
+            print("{}: rho {rho:.2f}, n {n}, p {p:.2g}, without one {low:.2f} to {high:.2f}".format(
+                title, **ranks(x, y)))
+    columns = [(runs[C], part, f"{C:.0e} {part}") for C in budgets for part in parts]
+    control = best_runs(f"{out}/renamed", 3e12)
+    columns += [(control, part, f"3e+12, renamed, {part}") for part in parts[:2]]
+    print("\n| architecture | hard score | recall part |", *(f"{title} |" for *_, title in columns))
+    print("|---" * (3 + len(columns)) + "|")
+    for arch in sorted(ARCHS, key=lambda arch: -score.get(arch, 0)):
+        cells = [f"{100 * mean[arch]:.1f}" if arch in mean else "" for mean in (score, recall)]
+        cells += [f"{rows[arch][part]:.3f}" if arch in rows else "" for rows, part, _ in columns]
+        print("|", " | ".join([arch, *cells]), "|")
+
+    figure, (ax,), colors = scaling.canvas(1, 1, figsize=(8, 3.5))
+    for part, marker, color in zip(parts, "osD", colors(3)):
+        points = [(C, ranks(score, value(C, part))) for C in budgets if len(runs[C]) >= 4]
+        if points:
+            C, found = zip(*points)
+            ax.plot(C, [r["rho"] for r in found], marker=marker, color=color, label=part)
+            ax.fill_between(C, [r["low"] for r in found], [r["high"] for r in found], alpha=0.2,
+                            color=color)
+    ax.set(xscale="log", xlabel="training compute C, FLOPs", ylim=(-1, 1),
+           ylabel="Spearman's rho with the hard score")
+    ax.axhline(0, color="k", lw=0.5)
+    ax.legend(title="band: without any one architecture")
+    figure.savefig(ROOT / "assets" / "trial.png")
+
+def main():
+    parser = tasks.Parser(description=__doc__.splitlines()[1])
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--out", default="out/trial", help="folder of runs and scores")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    args = parser.parse_args()
+    run(args.out, args.workers) if args.command == "run" else report(args.out)
+
+if __name__ == "__main__":
+    tasks.run_main(main)
