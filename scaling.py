@@ -14,7 +14,7 @@ architectures as their losses do (section 4 of the MAD paper, arXiv 2403.17844).
   python scaling.py plan                                    lists the runs at the paper's budgets
   python scaling.py fit results/sweep.csv [--json]          the laws, as text or one JSON object
   python scaling.py plot results/sweep.csv --out sweep.png  parabolas, optima, losses
-  python scaling.py curves out/*/log.jsonl --out curves.png learning curves; mixing: of layers
+  python scaling.py curves out/*/log.jsonl --out curves.png learning curves; mixing draws layers
   python scaling.py table --mad results/mad/quick           MAD scores beside the published ones
   python scaling.py compare results/mad-loss.csv --mad results/mad/quick    (or plot: a picture)
 """
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from layers import LAYERS, Attention, build_layer, mixing, shade
 from model import Model, ledger, parse_pattern, total
 from tasks import TASKS, Parser, UserError, load_text, run_main, vocab_size
-from train import Config, train
+from train import Config, Diverged, train
 
 # -- Runs and fits ---------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ class Fit:
         vars(self).update(self.estimates)
 
 def make_fit(rows, residuals, **more):
-    """A Fit of rows: name -> (1 + bootstrap,), the estimate first, NaN: no optimum; and `more`."""
+    """A Fit of rows: name -> (1 + bootstrap,), the estimate first (NaN: no optimum), and `more`."""
     good = {name: row[1:][np.isfinite(row[1:])] for name, row in rows.items()}
     return Fit({name: float(row[0]) for name, row in rows.items()} | more,
                {name: np.percentile(row, [2.5, 97.5]).tolist() for name, row in good.items()
@@ -82,8 +82,8 @@ def make_fit(rows, residuals, **more):
 
 def resample(fitted, residuals, parameters, count, seed):
     """
-    (count, n) resamples of a fitted curve (n,) at all its sizes, which were chosen and not drawn:
-    residuals are drawn anew, and widened for what the fitted parameters absorb.
+    (count, n) resamples of a fitted curve (n,). Its sizes stay, since they were chosen; residuals
+    are drawn with replacement, and widened for the degrees of freedom that fitting took.
     """
     n, rng = len(residuals), np.random.default_rng(seed)
     widen = np.sqrt(n / (n - parameters)) if n > parameters else np.nan
@@ -203,18 +203,18 @@ def parametric_objective(theta, loss, x, y):
 def projection_objective(theta, loss, x, y):
     """
     min over A, B, and E >= 0, of the sum of r^2 / 2, r = A exp(-alpha x) + B exp(-beta y) + E - L
-    theta = (log alpha, log beta), within which the terms can be told from a constant
+    theta = (log alpha, log beta), clipped to where both terms differ from a constant
     """
     xy, rate = np.stack([x, y], 1), np.exp(theta.clip(-6, 3))[:, None]           # (n, 2), (S, 1, 2)
     phi = np.concatenate([np.exp(-rate * xy), np.ones((len(theta), len(x), 1))], 2)   # (S, n, 3)
     Q, R = np.linalg.qr(phi)
     moment = (loss[:, None] @ Q)[:, 0]                               # (S, 3)
-    negative = moment[:, 2] * R[:, 2, 2] < 0                         # E would be, so it is left out
+    negative = moment[:, 2] * R[:, 2, 2] < 0                         # then E = 0
     Q[negative, :, 2] = moment[negative, 2] = 0
     c = np.linalg.solve(R, moment[..., None])                        # (S, 3, 1): A, B, E
     r = (Q @ moment[..., None])[..., 0] - loss
     slope = -rate * xy * phi[..., :2] * c[:, None, :2, 0]            # d r / d theta, (S, n, 2)
-    J = slope - Q @ (Q.transpose(0, 2, 1) @ slope)                   # A, B, E follow (Kaufman 1975)
+    J = slope - Q @ (Q.transpose(0, 2, 1) @ slope)                   # A, B, E refitted (Kaufman)
     law = np.hstack([c[:, 2], c[:, 0], c[:, 1], rate[:, 0]])
     return (r * r).sum(1) / 2, (J * r[..., None]).sum(1), J.transpose(0, 2, 1) @ J, law
 
@@ -239,9 +239,9 @@ def minimise(objective, theta, target, steps):
 def fit_parametric(N, D, loss, target=None, bootstrap=1000, seed=0):
     """
     The law by Huber loss on log L (approach 3 of Hoffmann et al. 2022): E, A, B, alpha, beta; for
-    C = 6ND a, b and the optimum at target; objective, the sum of Huber losses; rss, of squares of
-    L. Bears outliers; in small sweeps residuals (0.02) are far above HUBER: their absolute sum
-    counts. UserError for runs that cannot tell five parameters apart.
+    C = 6ND a, b and the optimum at target; objective, the sum of Huber losses; rss, of squared
+    residuals of L. Robust to outliers; in small sweeps residuals (0.02) far exceed HUBER, and their
+    absolute values count. UserError for runs that cannot tell five parameters apart.
     """
     scale, exponent = np.arange(0, 30, 5.0), np.arange(0, 2.5, 0.5)
     starts = np.array(list(itertools.product(scale, scale, exponent - 1, exponent, exponent)))
@@ -288,7 +288,7 @@ def fit_law(objective, starts, N, D, loss, target, bootstrap, seed):
 # -- Findings (MAD paper, section 4) ---------------------------------------------------------------
 
 def fit_all(runs, **options):
-    """Each method's Fit, or {"refused": why}, which hides no other answer."""
+    """Each method's Fit, or {"refused": why}, so that one refusal spares the others."""
     fits, methods = {}, dict(isoflop=fit_isoflop, parametric=fit_parametric,
                               variable_projection=fit_variable_projection)
     for name, method in methods.items():
@@ -377,6 +377,8 @@ def read_scores(path):
     """{arch: records of train.py, best first} of a folder, or a CSV (arch, mean); {arch: mean}."""
     records, by_arch = [json.loads(p.read_text()) for p in sorted(Path(path).glob("*.json"))], {}
     for record in records or read_csv(path, ["arch"], ["mean"]):
+        if record.get("macro_mean", record["mean"]) is None:
+            raise UserError(f"{record['arch']} has no score: all runs of a setting diverged")
         options = [f"{k}={v}" for k, v in record.get("options", {}).items() if k != "seed"]
         by_arch.setdefault(" ".join([record["arch"], *options]), []).append(record)
     for arch, some in by_arch.items():
@@ -390,8 +392,9 @@ def table(records, scores):
     """Markdown: accuracies in % averaged over classes, published ones beneath; how both rank."""
     cell = lambda values: (f"{100 * np.mean(values):.1f}"            # and half the range of seeds
                            + f" ±{50 * np.ptp(values):.1f}" * (len(values) > 1))
-    paper, name = {}, "MAD" if next(iter(records.values()))[0]["preset"] == "full" else "quick"
-    lines = [["model", *TASKS, f"{name} score", "of tokens", "state", "parameters"], ["---"] * 11]
+    paper, preset = {}, next(iter(records.values()))[0]["preset"]
+    title = f"{'MAD' if preset == 'full' else preset} score"
+    lines = [["model", *TASKS, title, "of tokens", "state", "parameters"], ["---"] * 11]
     for arch, some in records.items():
         costs = total(ledger(Model(some[0]["arch"], 16), 128))
         lines += [[arch, *(cell([r["tasks"][task]["macro"] for r in some]) for task in TASKS),
@@ -420,13 +423,13 @@ def canvas(rows, columns, **size):
 def plot_curves(paths):
     """Test accuracy against the step, of runs' log.jsonl; label: the file's or folder's name."""
     figure, (ax,), shades = canvas(1, 1, figsize=(8, 3))
-    for path, marker, shade in zip(map(Path, paths), MARKERS, shades(len(paths))):
+    for path, marker, color in zip(map(Path, paths), MARKERS, shades(len(paths))):
         if not path.is_file():
             raise UserError(f"{path} does not exist: give the log.jsonl of runs")
         tests = [row for line in path.open() if "test_accuracy" in (row := json.loads(line))]
         label = path.parent.name if path.stem == "log" else path.stem
         ax.plot([row["step"] for row in tests], [row["test_accuracy"] for row in tests],
-                marker=marker, color=shade, label=label)
+                marker=marker, color=color, label=label)
     ax.set(xlabel="optimizer steps", ylabel="test accuracy, share of tokens", ylim=(0, 1.05))
     ax.legend(loc="center right")
     return figure
@@ -444,13 +447,13 @@ def plot_mixing(names):
     return figure
 
 def plot(archs, scores):
-    """Parabolas and optima; or, with scores, these against the losses of compare."""
+    """Parabolas and optima; or, with scores, scores against compare's losses."""
     rows, columns = (1, 1) if scores else (len(archs) // 2 + 1, 2)
     figure, axes, shades = canvas(rows, columns, figsize=(8, 3 * rows + columns % 2))
     if scores:
         row = compare(scores, archs)[-1]
-        for (arch, loss), marker, shade in zip(row["loss"].items(), MARKERS, shades(row["n"])):
-            axes[0].plot(scores[arch], loss, marker, color=shade, label=arch)
+        for (arch, loss), marker, color in zip(row["loss"].items(), MARKERS, shades(row["n"])):
+            axes[0].plot(scores[arch], loss, marker, color=color, label=arch)
         axes[0].set(title="{C:.1g} FLOPs: Spearman {rho:.2f}, p {p:.2g}, n {n}".format(**row),
                     xlabel="MAD or quick score", ylabel="loss at the optimum, nats a token")
         figure.legend(loc="outside right upper", fontsize=8)
@@ -458,12 +461,12 @@ def plot(archs, scores):
     for (arch, runs), marker, ax in zip(archs.items(), MARKERS, axes):
         groups = [runs.take(group) for group in budget_groups(runs.C)]
         tops = [vertex(group) for group in groups]
-        for group, top, shade in zip(groups, tops, shades(len(groups))):
+        for group, top, color in zip(groups, tops, shades(len(groups))):
             N = np.geomspace(*np.sort(near_optimum(group).N)[[0, -1]])
-            ax.plot(N, top["loss"] + top["curvature"] * np.log(N / top["N"]) ** 2, color=shade)
+            ax.plot(N, top["loss"] + top["curvature"] * np.log(N / top["N"]) ** 2, color=color)
             ax.plot(top["N"], top["loss"], "k+", ms=9)
-            ax.plot(group.N, group.loss, marker, color=shade, label=f"{top['C']:.1g} FLOPs")
-            axes[-1].plot(group.C, group.loss, marker, color=shade)
+            ax.plot(group.N, group.loss, marker, color=color, label=f"{top['C']:.1g} FLOPs")
+            axes[-1].plot(group.C, group.loss, marker, color=color)
         optima = [(top["C"], np.nan if top["flag"] else top["loss"]) for top in tops]
         axes[-1].plot(*zip(*optima), "k-", marker=marker, mfc="none", label=arch)
         ax.set(title=f"{arch}, + optimum", xlabel="parameters N")
@@ -473,22 +476,23 @@ def plot(archs, scores):
         ax.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))       # below
     return figure
 
-# -- Runs to fit: IsoFLOP groups; (width, blocks) has about 12 blocks width^2 parameters -----------
+# -- Runs to fit: IsoFLOP groups; (width, blocks): 12 x blocks x width^2 parameters -----------
 SHAPES = [(width, min(32, max(2, 2 * round(width / 128)))) for width in (
     16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280,
     1536, 1792, 2048, 2560, 3072, 4096)]
 RESULTS = ["bits_per_byte", "recall_loss", "other_loss"]
 COLUMNS = ("arch N N_total state D C loss seconds budget width depth batch lr steps seed epochs "
            "context tokenizer data").split() + RESULTS
-KEY = ("arch", "budget", "width", "depth", "batch", "lr", "steps", "seed")
+KEY = "arch budget width depth batch lr steps seed context tokenizer data".split()
 
 def pattern_at(arch, width, depth):
-    """`depth` blocks, with MAD's settings, which are for width 128, scaled to this one."""
+    """`depth` blocks; MAD's settings are for width 128 and scaled to this one. Heads of attention
+    have 16 channels, 64 from width 512 on."""
     words = []
     for name, given in parse_pattern(arch):
         scaled = {key: value * width // 128 for key, value in LAYERS[name][1].items()
                   if key in ("heads", "width", "dt_rank") and value > 1}
-        if issubclass(LAYERS[name][0], Attention) and "heads" in scaled:  # others keep their width
+        if issubclass(LAYERS[name][0], Attention) and "heads" in scaled:  # others' keep theirs
             scaled["heads"] = width // (16 if width < 512 else 64)
         settings = ",".join(f"{key}={value}" for key, value in (scaled | given).items())
         words.append(f"{name}({settings})" if settings else name)
@@ -496,11 +500,13 @@ def pattern_at(arch, width, depth):
 
 def isoflop_runs(args, vocab):
     """
-    A dict a run of at least 50 steps. By our rules N* has 20 tokens a parameter (60 below 1e15
-    FLOPs), tokens a step grow as C^(1/3), and learning rates fall as width^-1/2.
+    A dict for each run of at least 50 steps. Our rules: at N* a parameter has 20 tokens (60 below
+    1e15 FLOPs), tokens a step grow as C^(1/3), and learning rates fall as width^-1/2.
     """
     runs, T = [], args.context
-    period = int(np.lcm.reduce([len(parse_pattern(arch)) for arch in args.archs])) // 2
+    period = int(np.lcm.reduce([2, *(len(parse_pattern(arch)) for arch in args.archs)])) // 2
+    if args.depth and args.depth % period:
+        raise UserError(f"--depth is {args.depth}; permitted: multiples of {period} blocks")
     shapes = {(width, args.depth or -(-depth // period) * period) for width, depth in SHAPES}
     for C in args.budgets:
         best = np.sqrt(C / 6 / (20 if C > 1e15 else 60))
@@ -526,6 +532,7 @@ def sweep(args):
     text, path = load_text(args.data, args.tokenizer), Path(args.out) / "runs.csv"
     done = [[r[key] for key in KEY] for r in (read_csv(path, COLUMNS, ()) if path.exists() else ())]
     for run in tqdm(isoflop_runs(args, text.vocab_size), unit="run"):
+        run["data"] = text.name
         if [str(run[key]) for key in KEY] in done:
             continue
         config = Config(
@@ -536,11 +543,11 @@ def sweep(args):
             min_lr=run["lr"] / 10, clip=1.0, beta2=0.95)
         try:
             result = train(config, verbose=False)
-        except UserError as error:                        # it diverged
+        except Diverged as error:
             print(f"failed: {config.name}: {error}", file=sys.stderr)
             continue
         run |= {name: result[name] for name in RESULTS} | dict(
-            loss=result["val_loss"], data=text.name, seconds=result["wall_s"],
+            loss=result["val_loss"], seconds=result["wall_s"],
             epochs=round(run["D"] / len(text.train), 4))
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -565,7 +572,9 @@ def parse_args(argv):
     listed = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     for names, option, settings in (
             ("fit plot compare", "runs", dict(help="CSV file: N, D, loss[, C, arch, state]")),
-            ("compare table", "--mad", dict(required=True, help="scores of train.py, or a CSV")),
+            ("compare", "--mad", dict(required=True,
+                                      help="scores of train.py, or CSV (arch, mean)")),
+            ("table", "--mad", dict(required=True, help="folder of scores of train.py")),
             ("plot", "--mad", dict(help="such scores, to draw instead of the sizes")),
             ("curves", "logs", dict(nargs="+", help="log.jsonl of runs")),
             ("mixing", "layers", dict(nargs="*", default=list(LAYERS), help="names")),

@@ -7,7 +7,7 @@ right answer at position t, or -100 if it is not scored.
 
   B batch   T time   M vocabulary, ids in [0, M)   P pairs   L longest motif
 
-  python tasks.py     one instance of each task; the score of a guess, the rule, a perfect memory
+  python tasks.py     one instance of each task; accuracy of chance, of its oracle, its ceiling
 """
 import argparse
 import functools
@@ -45,7 +45,7 @@ def run_main(main):
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:       # nohup ignores SIGHUP
             signal.signal(number, stop)
-    sys.stderr = sys.stderr or open(os.devnull, "w")         # the shell may have closed it
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="replace")                 # the console may know ASCII only
     try:
         main()
@@ -58,7 +58,7 @@ def run_main(main):
     except BrokenPipeError:                                  # `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # Python flushes once more at its end
 
-# =========================== Settings, and dice that are alike everywhere =========================
+# ===================== Settings, and random numbers alike on every machine =======================
 
 @dataclass(frozen=True)
 class Setting:
@@ -91,7 +91,7 @@ def halves(setting):
 
 def dice(setting, seed, *label):
     """A function draw(high, *shape) -> (BLOCK, *shape) int64, uniform in [0, high), high <= 2^32.
-    Its stream depends on the fields that are not at their defaults, but for the numbers of data."""
+    Its stream depends on the fields that are not at their defaults, except num_train, num_test."""
     changed = [f"{f.name}={getattr(setting, f.name)}" for f in fields(setting)
                if getattr(setting, f.name) != f.default and f.name not in ("num_train", "num_test")]
     digest = hashlib.sha256(" ".join(map(str, (*changed, seed, *label))).encode()).digest()
@@ -111,7 +111,7 @@ def first_shown(codes):
     return first[which].reshape(codes.shape) % codes.shape[1]
 
 # ============================= The tasks: data of one block, oracles =============================
-# An oracle gives right answers by a rule that reads inputs[:, :t+1] (compression: all), -1: open.
+# An oracle answers by a rule that reads inputs[:, :t+1] (compression: all); -1: not determined.
 
 def motifs(draw, num_tokens, L, P):
     """(B, P, L) motifs without a repeated token."""
@@ -143,14 +143,14 @@ def recall(setting, draw, split, seed):
 
     fits = (pair >= 0).sum((2, 3)).cumsum(1) <= T - 2 * L                # room for the last pair
     used = fits.sum(1, keepdims=True)                                    # (B, 1)
-    last = np.where(fits & ~noise, draw(2 ** 32, P), -1).argmax(1)       # the highest die
+    last = np.where(fits & ~noise, draw(2 ** 32, P), -1).argmax(1)       # one at random
     order = np.where(slot < used, slot, last[:, None])                   # (B, P)
     pair = np.take_along_axis(pair, order[..., None, None], 1)
     exists = (pair >= 0) & (slot <= used)[..., None, None]
     answer = exists & (split == "train")
     answer[:, :, 1] |= (first_shown(np.take_along_axis(code, order, 1)) < slot)[..., None]
 
-    # Row by row, the tokens that exist are, in this order, the end of the sequence.
+    # Read row by row, the tokens that exist are, in order, the end of each sequence.
     end = np.arange(T) >= T - exists.sum((1, 2, 3))[:, None]             # (B, T)
     tokens, scored = np.full((BLOCK, T), setting.vocab_size - 1), np.zeros((BLOCK, T), bool)
     tokens[end], scored[end] = pair[exists], answer[exists]
@@ -165,7 +165,7 @@ def recall_oracle(setting, inputs, seed):
         for t, token in enumerate(row):
             following.setdefault(context, token if keys <= token < keys + values else -1)
             context = (token,) if token < keys and context[-1:] >= (keys,) else context + (token,)
-            # A key of less than L tokens may go on, until a token of its value is read.
+            # A key has up to L tokens: it may go on until L, or a token of its value, are read.
             if len(context) >= L or token >= keys:
                 answer[t] = following.get(context, -1)
     return answers
@@ -212,7 +212,7 @@ def memorization_oracle(setting, inputs, seed):
 
 # ========================== The table, the settings, and what uses them ==========================
 
-# least: vocab_size without noise, seq_len, steps.  chance: of a blind guess.  backbone: of model.py
+# least: vocab_size without noise, seq_len, its stride.  chance: accuracy of a blind guess.
 Task = namedtuple("Task", "about make oracle least chance backbone", defaults=(
     lambda setting: 1 / halves(setting)[1], "lm"))
 
@@ -263,7 +263,7 @@ def ceiling(setting):
 
 SIZES = {"bytes": 256, "gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}  # no download
 SHARDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}    # llm.c's magic and version: type of ids
-# A text's pieces end between letter and newline: no tokenizer has a token that reaches across.
+# A text's pieces end between letter and newline, if they can: no token reaches across these.
 PIECE = re.compile(r"(?s).{1,400000}(?:(?<=[^\W_])(?=\r?\n)|\Z)|.{1,400000}")
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 Text = namedtuple("Text", "train val name vocab_size sha256")            # of load_text
@@ -274,7 +274,7 @@ def get_encoding(name):
     import tiktoken
     full, _, size = name.partition(":")
     if full not in tiktoken.list_encoding_names() or not re.fullmatch(r"([1-9]\d{3})?", size):
-        raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names(), "gpt2:2048"])
+        raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names(), "gpt2:1000 .."])
     try:
         full = tiktoken.get_encoding(full)
     except Exception as error:                           # whatever happens on a network
@@ -365,8 +365,8 @@ def corpus(path):
     return files
 
 def load_text(path, tokenizer="bytes"):
-    """A corpus as Text. For validation are, of one file, the last tenth; of several, those with
-    `val` in their paths if others have `train`, else the tenth whose paths hash to the least."""
+    """A corpus as Text. Validation takes, of one file, the last tenth; of several, those with `val`
+    in their paths, if others have `train` (the rest is not used), else a tenth, by paths' hash."""
     files = corpus(path)
     root = os.path.commonpath([file.parent for file in files])
     names = [Path(os.path.relpath(file, root)).as_posix() for file in files]

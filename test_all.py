@@ -813,7 +813,7 @@ def test_a_groups_own_learning_rate_is_scaled_not_overwritten():
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
 
 def test_an_epoch_shows_every_sequence_once_its_last_batch_too():
-    config = train.check(Config(num_train=50, batch_size=16, device="cpu"))
+    config = train.check(Config(num_train=50, batch_size=16, epochs=4, device="cpu"))
     data = train.load_data(config)
     for first in (0, 4):
         rows = torch.cat([data.batch(step)[0] for step in range(first, first + 4)])
@@ -1304,7 +1304,7 @@ def test_scaling_table_of_records(tmp_path, monkeypatch):
     assert rows[2] == ["mamba", *["65.0 ±5.0"] * 7, "51.0 ±1.0", "4,096", "433,792"]
 
 def test_scaling_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
-    trained, errors = [], {40: KeyboardInterrupt(130), 48: UserError("the loss is nan")}
+    trained, errors = [], {40: KeyboardInterrupt(130), 48: train.Diverged("the loss is nan")}
 
     def fake(config, verbose):
         if config.dim in errors:

@@ -1,7 +1,7 @@
 """
 How a model learns: one run of one task, from the command line to a folder of results.
 
-    python train.py --arch hybrid                       in-context recall: 0.99 in two minutes or so
+    python train.py --arch hybrid                       in-context recall: above 0.99 in a minute
     python train.py --arch transformer                  the same steps: it stays near 0.3
     python train.py --layers "hyena swiglu" --lr 5e-4   any pattern of layers.py
     python train.py --arch mamba --task text            a language model of Python's own sources
@@ -9,10 +9,10 @@ How a model learns: one run of one task, from the command line to a folder of re
     python train.py --arch hybrid --task mad            the quick score: a grid of runs, resumable
 
 Protocol (Poli et al. 2024, appendix): AdamW with betas (0.9, 0.98), cosine decay to 1e-6, no
-warmup, no clipping, batch 128, 200 epochs (here 4, enough to see what an architecture is good for).
+warmup, no clipping, batch 128, 200 epochs (here 32 and 1: enough to see what an architecture does).
 
-A run's folder, out/NAME/, holds config.json, log.jsonl (an object a line), ckpt.pt, best.pt (the
-best test's) and result.json. A run stopped at any moment goes on by the same command, or by
+A run's folder, out/NAME/, holds config.json, log.jsonl (a JSON object a line), ckpt.pt, best.pt
+(the best test's) and result.json. A run stopped at any moment goes on by the same command, or by
 --resume FOLDER, and on a CPU it ends with the same parameters, bit for bit.
 """
 import argparse
@@ -76,10 +76,10 @@ class Config:
     context: int = option(128, "tokens in a window of text", low=1)
     # learning
     dim: int = option(128, "width D of the model", low=1)
-    epochs: int | None = option(None, "passes over a MAD task's data (None: 4)", low=1)
+    epochs: int | None = option(None, "passes over a MAD task's data (None: 1)", low=1)
     steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
-    batch_size: int | None = option(None, "sequences a step (None: 128; text: 32)", low=1)
-    lr: float = option(1e-3, "peak learning rate (the paper: 1e-4 5e-4 1e-3)", low=0)
+    batch_size: int = option(32, "sequences a step (the paper: 128)", low=1)
+    lr: float = option(2e-3, "peak learning rate (the paper: 1e-4 5e-4 1e-3)", low=0)
     weight_decay: float = option(0.1, "of AdamW (the paper: 0 0.1)", low=0)
     beta2: float = option(0.98, "AdamW's second beta", low=0, high=1)
     schedule: str = option("cosine", "the learning rate's course", "cosine", "constant")
@@ -87,7 +87,7 @@ class Config:
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", low=0)
     clip: float | None = option(None, "scale gradients of a larger norm down to this", low=1e-9)
     early_stop: float = option(0.999, "end at this test accuracy; above 1: never", low=0)
-    eval_every: int | None = option(None, "steps a test (None: 1/2 epoch; text: 1/10 run)", low=1)
+    eval_every: int | None = option(None, "steps a test (None: 1/4 epoch; text: 1/10 run)", low=1)
     # machine and files
     seed: int = option(0, "of parameters, data and their order", low=0)
     device: str = option("auto", "where to train", "auto", "cuda", "mps", "cpu", run=False)
@@ -103,7 +103,7 @@ class Config:
     tasks: str | None = option(None, "only these tasks, with commas between", run=False)
     settings: str = option("all", "or each task's first", "all", "baseline", run=False)
     workers: int = option(1, "processes that share the settings", low=1, run=False)
-    shard: str = option("0/1", "i/n: as the i-th of n machines that share --out", run=False)
+    shard: str = option("0/1", "i/n: machine i, from 0 on, of n that share --out", run=False)
     # other commands
     sample: str | None = option(None, "write text with the model in this folder", run=False)
     prompt: str = option("def ", "the text to go on from", run=False)
@@ -128,8 +128,8 @@ def parse_args(argv=None):
         return config
     path = Path(config.resume, "config.json").resolve()
     if changed(config) or not path.is_file():
-        raise UserError(f"--resume {config.resume}: needs a run's folder, with config.json, whose "
-                        f"options hold: no others can be given")
+        raise UserError(f"--resume {config.resume}: needs a run's folder, with config.json; its "
+                        f"options can't be changed")
     options = {k: v for k, v in json.loads(path.read_text()).items() if k in FIELDS}
     return replace(config, **options, out=str(path.parents[1]), name=path.parent.name)
 
@@ -154,7 +154,7 @@ def setting_of(config):
 def check(config):
     """The config with all that None stands for. UserError names a wrong option and its range."""
     text = config.task == "text"
-    unused = dict(text=OF_SETTING, mad=OF_TEXT + OF_PRESET).get(config.task, OF_TEXT)
+    unused = dict(text=OF_SETTING, mad=OF_SETTING + OF_TEXT + OF_PRESET).get(config.task, OF_TEXT)
     for name, f in FIELDS.items():
         value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
         if low is not None and value is not None and not low <= value < high:
@@ -173,17 +173,14 @@ def check(config):
             raise unknown("--tasks", task, tasks.TASKS)
     if config.task == "mad":
         return config
-    if text:
-        batch_size, epoch = config.batch_size or 32, 0
-    else:
-        n = setting_of(config).num_train
-        batch_size = min(config.batch_size or 128, n)
-        epoch = math.ceil(n / batch_size)                                      # in steps
-    steps = config.steps or (config.epochs or 4) * epoch or 2000
+    n = 0 if text else setting_of(config).num_train
+    batch_size = min(config.batch_size, n or config.batch_size)
+    epoch = math.ceil(n / batch_size)                                          # in steps
+    steps = config.steps or (config.epochs or 1) * epoch or 2000
     if config.warmup >= steps:
         raise UserError(f"--warmup is {config.warmup}; permitted: less than the {steps} steps")
     return replace(config, steps=steps, epochs=None, batch_size=batch_size,
-                   eval_every=config.eval_every or max(1, steps // 10 if text else epoch // 2),
+                   eval_every=config.eval_every or max(1, steps // 10 if text else epoch // 4),
                    data=config.data and os.path.abspath(config.data),
                    name=config.name or run_name(config))
 
@@ -238,7 +235,7 @@ def connect(config):
 
 def load_data(config, rank=0, world=1):
     """batch(step): (tokens, targets), int64 (B, T): sequences in a new order each epoch, or windows
-    of text at random places. tests(most): those of the test, of text `most` with recall_tokens."""
+    of text at random places. tests(n): those of the test; of text n windows, with recall_tokens."""
     B, T, seed = config.batch_size, config.context, config.seed
     if config.task == "text":
         text = tasks.load_text(config.data, config.tokenizer)
@@ -247,7 +244,7 @@ def load_data(config, rank=0, world=1):
         @functools.cache
         def test(most):
             x, y = tasks.text_windows(text.val, tasks.val_starts(text.val, T, most), T)
-            n = 6 if config.tokenizer == "bytes" else 2      # six bytes are about two short words
+            n = min(6 if config.tokenizer == "bytes" else 2, T)
             return x, y, recall_tokens(text.train, np.hstack((x, y[:, -1:])), n)[:, 1:]
         size = tasks.bytes_per_token(test(LAST_TEST)[1], config.tokenizer)
         facts = dict(data=text.name, data_sha256=text.sha256, bytes_per_token=size)
@@ -286,8 +283,8 @@ TEST, LAST_TEST = 480, 3840      # windows of text in a test, and in the one aft
 
 def compute_loss(model, tokens, targets):
     """
-    Mean loss over the scored positions (an auxiliary term, such as a balance of experts, is added
-    to it here); without gradients, the loss of each position and the predictions, both (B, T).
+    Mean loss over the scored positions (add an auxiliary term, such as a balance of experts, here);
+    without gradients, the loss of each position and the predictions, both (B, T).
     """
     unembed = getattr(model, "module", model).unembed         # (module: what DDP has wrapped)
     training = torch.is_grad_enabled()
@@ -322,7 +319,7 @@ def build(config, rank=0, world=1):
         if shape != COMPILED:
             COMPILED[:] = shape
             torch.compiler.reset()                # it keeps only a few graphs of a function
-        loss = torch.compile(loss, dynamic=False, mode="reduce-overhead")     # CUDA graphs, there
+        loss = torch.compile(loss, dynamic=False, mode="reduce-overhead")     # CUDA: graphs
 
     def loss_fn(tokens, targets):
         with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
@@ -339,7 +336,7 @@ def schedule(config, step):
     return low + (1 - low) * (1 + math.cos(math.pi * done)) / 2
 
 def one_step(config, step, data, model, optimizer, loss_fn):
-    """An optimizer step. Returns loss and gradient norm; nothing has waited for them yet."""
+    """An optimizer step. Returns loss and gradient norm; both still on the device."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * schedule(config, step)
     loss = loss_fn(*data.batch(step))
@@ -355,20 +352,20 @@ def macro_accuracy(predictions, targets, vocab_size):
     right, total = count(targets[predictions == targets]), count(targets)
     return (right / total.clamp(min=1))[total + count(predictions) > 0].mean()
 
-def recall_tokens(train, windows, n, often=100):
-    """bool (B, L): does a token of windows (B, L) end an n-gram that stood before in its window but
-    less than `often` times in train's first 10^7? (n = 2 in Arora et al. 2023, arXiv 2312.04927)"""
-    M = int(max(train.max(), windows.max())) + 1                              # M^n < 2^63
+def recall_tokens(train, windows, n, min_count=100):
+    """bool (B, L): which tokens of windows (B, L) end an n-gram that is earlier in the window, but
+    less than min_count times in train's first 10^7 (after Arora et al. 2023, arXiv 2312.04927)."""
+    M = int(max(train.max(), windows.max())) + 1                              # B M^n < 2^63
     code = lambda ids: sum(ids[..., i:ids.shape[-1] + 1 - n + i].astype(np.int64) * M ** i
                            for i in range(n))
-    (seen, times), codes = np.unique(code(train[:10 ** 7]), return_counts=True), code(windows)
-    known = np.isin(codes, seen[times >= often])
-    again = tasks.first_shown(codes) < np.arange(codes.shape[1])
-    return np.pad(again & ~known, ((0, 0), (n - 1, 0)))
+    (seen, counts), codes = np.unique(code(train[:10 ** 7]), return_counts=True), code(windows)
+    frequent = np.isin(codes, seen[counts >= min_count])
+    repeated = tasks.first_shown(codes) < np.arange(codes.shape[1])
+    return np.pad(repeated & ~frequent, ((0, 0), (n - 1, 0)))
 
 @torch.no_grad()
 def evaluate(loss_fn, data, most=TEST, world=1):
-    """The metrics of a test. One that is added here is in the log, the bar and result.json."""
+    """The metrics of a test. What you add here is in the log, the bar and result.json."""
     batches = []
     for tokens, targets, *recall in data.tests(most):
         results = [x.clone() for x in loss_fn(tokens, targets)]   # a CUDA graph overwrites its own
@@ -381,10 +378,10 @@ def evaluate(loss_fn, data, most=TEST, world=1):
         dist.all_reduce(sums)
     loss, accuracy = (sums[0, :2] / sums[0, 2]).tolist()
     if recall:                                            # text
-        size, split = data.facts["bytes_per_token"], torch.stack((sums[1], sums[0] - sums[1]))
-        recall_loss, other_loss = (split[:, 0] / split[:, 2]).tolist()        # NaN: no such tokens
-        return dict(val_loss=loss, val_accuracy=accuracy, recall_loss=recall_loss,
-                    other_loss=other_loss, bits_per_byte=size and loss / math.log(2) / size)
+        size, mean = data.facts["bytes_per_token"], lambda part: float(part[0] / part[2])
+        parts = [mean(part) if part[2] else None for part in (sums[1], sums[0] - sums[1])]
+        return dict(val_loss=loss, val_accuracy=accuracy, recall_loss=parts[0],
+                    other_loss=parts[1], bits_per_byte=size and loss / math.log(2) / size)
     macro = [macro_accuracy(p[s], t[s], data.model_args["vocab_size"])     # by 128, as published
              for p, t, s in zip(*(x.split(128) for x in (predictions, targets, scored))) if s.any()]
     return dict(test_loss=loss, test_accuracy=accuracy,
@@ -449,7 +446,7 @@ class Diverged(UserError):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list to which Ctrl-C, SIGTERM, SIGHUP add their numbers; the same one again interrupts."""
+    """A list that collects the numbers of Ctrl-C, SIGTERM, SIGHUP; a repeated one interrupts."""
     def handler(number, frame):
         if number in caught:
             raise KeyboardInterrupt(128 + number)
@@ -457,7 +454,7 @@ def catch_signals():
 
     caught, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
     before = {number: signal.signal(number, handler) for number in numbers
-              if signal.getsignal(number) != signal.SIG_IGN}              # workers ignore one
+              if signal.getsignal(number) != signal.SIG_IGN}              # as workers do Ctrl-C
     try:
         yield caught
     finally:
@@ -569,8 +566,8 @@ def print_summary(r):
 # ---- The MAD protocol ---------------------------------------------------------------------------
 
 def short(*rows, lrs):
-    """Rows (task, what differs from its baseline, steps). Learning takes optimizer steps, so small
-    batches and high rates cut its cost."""
+    """A preset of rows (task, changes of its baseline, steps). Learning is a matter of steps, so
+    small batches and high rates are cheap."""
     settings = [(replace(tasks.BASELINES[task], **changes), steps) for task, changes, steps in rows]
     return dict(settings=settings, epochs=None, batch_size=32, eval_every=100, lrs=lrs,
                 weight_decays=(0.1,))
@@ -585,8 +582,12 @@ PRESETS = {        # settings: (Setting, steps of its runs, or None: epochs)
                    ("noisy-in-context-recall", {}, 2400), ("selective-copying", {}, 500),
                    ("compression", {}, 1600), ("memorization", dict(vocab_size=4096), 1000),
                    lrs=(3e-3,)),
-    # Settings that few architectures solve, so that a score tells the others apart.
-    "hard": short(("in-context-recall", dict(vocab_size=128), 1600), lrs=(3e-3, 1e-3)),
+    # Settings that few architectures solve: the score tells the strong ones apart, too.
+    "hard": short(("in-context-recall", dict(vocab_size=64), 1000),
+                  ("fuzzy-in-context-recall", {}, 1000),
+                  ("noisy-in-context-recall", dict(vocab_size=80, frac_noise=0.4), 1000),
+                  ("selective-copying", {}, 1000), ("compression", {}, 1000),
+                  ("memorization", dict(vocab_size=4096), 600), lrs=(3e-3, 1e-3)),
 }
 
 def runs_of(config, setting, steps):
@@ -623,7 +624,7 @@ def average(rows):
 def mad_score(arch, preset="quick", config=None):
     """The score of an architecture or pattern, {"tasks": {task: {token, macro, chance}}, "mean"..}:
     that of a setting is its best run's, accuracies from 0 to 1, that of a task the mean over its
-    settings, "mean" the mean over tasks. One of a whole preset is recorded in out/scores/."""
+    settings, "mean" the mean over tasks. That of a whole preset is kept in out/scores/PRESET/."""
     config = replace(config or Config(), task="mad", preset=preset,
                      **{"arch" if arch in ARCHS else "layers": arch})
     i, n = map(int, check(config).shard.split("/"))
@@ -658,7 +659,9 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # bfloat16 FLOP/s, b
 
 def benchmark(config):
     """Whole steps of training: MAD's baseline, and on a GPU language models of GPT-2's shape."""
-    jobs, steps = {a: dict(arch=a) for a in ("transformer", "hybrid", "mamba")}, config.steps or 40
+    archs, steps = ("transformer", "hybrid", "mamba"), config.steps or 40
+    config = replace(config, arch=Config.arch, steps=steps, eval_every=steps)
+    jobs = {arch: dict(layers=ARCHS[arch], batch_size=128) for arch in archs}
     for dim in (768, 2048) if torch.cuda.is_available() else ():
         for every in (1, 4):
             pattern = stripe("mh-hyena", "swiglu", 12, every, f"mh-attention(heads={dim // 64})")
@@ -667,7 +670,7 @@ def benchmark(config):
     print(f"{'model':<28}{'parameters':>12}{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}")
     for title, options in jobs.items():
         with tempfile.TemporaryDirectory() as out:
-            r = train(replace(config, steps=steps, eval_every=steps, out=out, **options), False)
+            r = train(replace(config, out=out, **options), verbose=False)
         flops = r["flops_per_token"] * r["tokens_per_s"]
         peak = next((v for k, v in PEAK.items() if k in str(r["card"])), math.nan)
         print(f"{title:<28}{r['parameters']:>12,}{r['tokens_per_s']:>10,}{flops / 1e9:>9,.0f}"
