@@ -21,5 +21,6 @@ python() { echo; echo "\$ python $*"; command timeout "$limit" python "$@" || ec
     limit=180
     python train.py --device "$device" --benchmark --compile on --steps "${STEPS:-40}"
     limit=90
-    python train.py --device "$device" --steps "${RUN:-20000}" --early-stop 2 --out "$(mktemp -d)"
+    python train.py --device "$device" --batch-size 128 --steps "${RUN:-20000}" --early-stop 2 \
+        --out "$(mktemp -d)"
 } 2>&1 | tee "${OUT:-results/h100.txt}"

@@ -53,57 +53,47 @@ model.ARCHS["conv-transformer"] = model.stripe("conv-attention", "swiglu", 2)
 
 ARCHS = ("transformer conv-transformer sliding mh-linear-attention mh-gla rwkv6 mamba hyena "
          "mh-hyena hybrid striped-hyena striped-mamba striped-mh-gla deltanet").split()
-PILOT = "transformer conv-transformer hybrid mamba mh-hyena deltanet".split()
 
 # -- The plan: jobs in order, each a function and its arguments ------------------------------------
 
-COMMON = "--tokenizer cl100k_base:2048 --context 512 --depth 4"
-WIDTH, RATE = 32, 0.024         # of the runs at 1e12; scaling.py's learning rate: RATE / width^0.5
+COMMON = "--tokenizer cl100k_base:2048 --context 512 --depth 4 --sizes 1"
+SMALL, LARGE, RATE = 1e12, 1.5e13, 0.024       # FLOPs; scaling.py's learning rate: RATE / width^0.5
 
-def sweep(out, arch, *options):
-    scaling.main(["sweep", *COMMON.split(), "--archs", arch, "--out", f"{out}/{arch}", *options])
+def sweep(out, arch, budget, width, batch, rate, *options):
+    scaling.SHAPES = [(width, 4)]
+    scaling.main(["sweep", *COMMON.split(), "--archs", arch, "--out", f"{out}/{arch}", "--budgets",
+                  f"{budget:g}", "--batch", str(batch), "--lr", str(rate), *options])
 
-def rows(out, arch, budget):
-    found = scaling.read_csv(Path(out, arch, "runs.csv"), ["width", "lr", "seed"], ["loss"])
-    return [row for row in found if float(row["budget"]) == budget]
-
-def rates(out, arch):
-    for factor in "0.5", "1", "2":
-        sweep(out, arch, "--budgets", "1e12", "--sizes", "1", "--batch", "2", "--lr", factor)
+def small(out, arch):
+    for rate in 0.5, 1, 2:
+        sweep(out, arch, SMALL, 32, 2, rate)
 
 def best_rate(out, arch):
-    best = min(rows(out, arch, 1e12), key=lambda row: row["loss"])
-    return ["--lr", f"{float(best['lr']) / RATE * WIDTH ** 0.5:.1g}"]
+    found = scaling.read_csv(Path(out, arch, "runs.csv"), [], ["loss", "lr", "budget"])
+    best = min((row for row in found if row["budget"] == SMALL), key=lambda row: row["loss"])
+    return round(best["lr"] / RATE * 32 ** 0.5, 1)
 
-def sizes(out, arch, budget, batch):
-    sweep(out, arch, "--budgets", budget, "--sizes", "3", "--batch", batch, *best_rate(out, arch))
-
-def seeds(out, arch):
-    best = min(rows(out, arch, 3e12), key=lambda row: row["loss"])
-    scaling.SHAPES = [(int(best["width"]), 4)]
-    for seed in "1", "2":
-        sweep(out, arch, "--budgets", "3e12", "--batch", "2", "--seed", seed, *best_rate(out, arch))
+def large(out, arch, seed):
+    sweep(out, arch, LARGE, 48, 4, best_rate(out, arch), "--seed", str(seed))
 
 def renamed(out, arch):
-    sweep(f"{out}/renamed", arch, "--data", f"{out}/names", "--budgets", "3e12", "--sizes", "1",
-          "--batch", "2", *best_rate(out, arch))
+    sweep(f"{out}/renamed", arch, LARGE, 48, 4, best_rate(out, arch), "--data", f"{out}/names")
 
 def hard(out, arch, seed):
     train.mad_score(arch, "hard", train.Config(out=out, seed=seed, device="cpu", compile="off"))
 
 def go(out, arch):
-    """One run of 3e12 with ten tests: does the loss on recall tokens fall?"""
+    """One run of width 48 with 16 tests: does the loss on recall tokens fall?"""
     rate = RATE / 48 ** 0.5
     train.train(train.Config(
-        task="text", tokenizer="cl100k_base:2048", context=512, dim=48, steps=1600, batch_size=2,
-        layers=scaling.pattern_at(arch, 48, 4), warmup=80, clip=1.0, lr=rate, min_lr=rate / 10,
-        beta2=0.95, out=f"{out}/go", name=arch), verbose=False)
+        task="text", tokenizer="cl100k_base:2048", context=512, dim=48, steps=4000, batch_size=4,
+        layers=scaling.pattern_at(arch, 48, 4), warmup=200, clip=1.0, lr=rate, min_lr=rate / 10,
+        beta2=0.95, eval_every=250, out=f"{out}/go", name=arch), verbose=False)
 
-PLAN = [*((go, arch) for arch in PILOT),
-        *((rates, arch) for arch in ARCHS), *((hard, arch, 0) for arch in ARCHS),
-        *((sizes, arch, "3e12", "2") for arch in ARCHS), *((hard, arch, 1) for arch in ARCHS),
-        *((sizes, arch, "1e13", "4") for arch in ARCHS), *((renamed, arch) for arch in ARCHS),
-        *((seeds, arch) for arch in ARCHS)]
+PLAN = [*((go, arch) for arch in ("transformer", "conv-transformer", "hybrid")),
+        *((small, arch) for arch in ARCHS), *((large, arch, 0) for arch in ARCHS),
+        *((hard, arch, 0) for arch in ARCHS), *((hard, arch, 1) for arch in ARCHS),
+        *((renamed, arch) for arch in ARCHS), *((large, arch, 1) for arch in ARCHS)]
 
 def work(job):
     torch.set_num_threads(1)
@@ -153,9 +143,9 @@ def ranks(x, y):
     """Spearman's rho of {arch: value} x with y, n, p, and the range of rho without one of them."""
     archs = [arch for arch in x if arch in y]
     rho = lambda some: scaling.rank_correlation([x[a] for a in some], [y[a] for a in some])
-    all_ = rho(archs)
+    whole = rho(archs)
     without = [rho([a for a in archs if a != arch]).rho for arch in archs]
-    return dict(rho=all_.rho, n=all_.n, p=all_.p, low=min(without), high=max(without))
+    return dict(rho=whole.rho, n=whole.n, p=whole.p, low=min(without), high=max(without))
 
 def best_runs(out, budget):
     """{arch: its run of the least loss at a budget, seed 0}."""
@@ -168,24 +158,26 @@ def best_runs(out, budget):
 RECALL = [task for task in tasks.TASKS if "recall" in task]
 
 def report(out):
-    budgets, parts = [1e12, 3e12, 1e13], ["loss", "recall_loss", "other_loss"]
+    parts = ["loss", "recall_loss", "other_loss"]
     records, score = scaling.read_scores(f"{out}/scores/hard")
     recall = {arch: np.mean([r["tasks"][task]["macro"] for r in some for task in RECALL])
               for arch, some in records.items()}
-    runs = {budget: best_runs(out, budget) for budget in budgets}
-    value = lambda budget, part: {arch: row[part] for arch, row in runs[budget].items()}
+    runs = {"1e12": best_runs(out, SMALL), "1.5e13": best_runs(out, LARGE),
+            "1.5e13, renamed": best_runs(f"{out}/renamed", LARGE)}
+    value = lambda title, part: {arch: row[part] for arch, row in runs[title].items()}
     tests = {
-        "primary: hard score, loss at 1e13": (score, value(1e13, "loss")),
-        "second: recall part, recall loss at 1e13": (recall, value(1e13, "recall_loss")),
-        "baseline: loss at 1e12, at 1e13": (value(1e12, "loss"), value(1e13, "loss")),
-        "its recall part": (value(1e12, "recall_loss"), value(1e13, "recall_loss"))}
+        "primary: hard score, loss at 1.5e13": (score, value("1.5e13", "loss")),
+        "second: recall part, recall loss at 1.5e13": (recall, value("1.5e13", "recall_loss")),
+        "control: recall part, recall loss of renamed text":
+            (recall, value("1.5e13, renamed", "recall_loss")),
+        "baseline: loss at 1e12, at 1.5e13": (value("1e12", "loss"), value("1.5e13", "loss")),
+        "its recall part": (value("1e12", "recall_loss"), value("1.5e13", "recall_loss"))}
     for title, (x, y) in tests.items():
         if len(x.keys() & y.keys()) >= 3:
             print("{}: rho {rho:.2f}, n {n}, p {p:.2g}, without one {low:.2f} to {high:.2f}".format(
                 title, **ranks(x, y)))
-    columns = [(runs[C], part, f"{C:.0e} {part}") for C in budgets for part in parts]
-    control = best_runs(f"{out}/renamed", 3e12)
-    columns += [(control, part, f"3e+12, renamed, {part}") for part in parts[:2]]
+
+    columns = [(rows, part, f"{title}: {part}") for title, rows in runs.items() for part in parts]
     print("\n| architecture | hard score | recall part |", *(f"{title} |" for *_, title in columns))
     print("|---" * (3 + len(columns)) + "|")
     for arch in sorted(ARCHS, key=lambda arch: -score.get(arch, 0)):
@@ -194,17 +186,16 @@ def report(out):
         print("|", " | ".join([arch, *cells]), "|")
 
     figure, (ax,), colors = scaling.canvas(1, 1, figsize=(8, 3.5))
-    for part, marker, color in zip(parts, "osD", colors(3)):
-        points = [(C, ranks(score, value(C, part))) for C in budgets if len(runs[C]) >= 4]
-        if points:
-            C, found = zip(*points)
-            ax.plot(C, [r["rho"] for r in found], marker=marker, color=color, label=part)
-            ax.fill_between(C, [r["low"] for r in found], [r["high"] for r in found], alpha=0.2,
-                            color=color)
-    ax.set(xscale="log", xlabel="training compute C, FLOPs", ylim=(-1, 1),
+    for i, (part, marker, color) in enumerate(zip(parts, "osD", colors(3))):
+        found = [ranks(score, value(title, part)) for title in runs if len(runs[title]) >= 4]
+        if found:
+            rho, low, high = np.array([[r[k] for k in ("rho", "low", "high")] for r in found]).T
+            ax.errorbar(np.arange(len(rho)) + i / 10, rho, (rho - low, high - rho), fmt=marker,
+                        color=color, label=part)
+    ax.set(xticks=range(len(runs)), xticklabels=[f"{title} FLOPs" for title in runs], ylim=(-1, 1),
            ylabel="Spearman's rho with the hard score")
     ax.axhline(0, color="k", lw=0.5)
-    ax.legend(title="band: without any one architecture")
+    ax.legend(title="bars: without any one architecture")
     figure.savefig(ROOT / "assets" / "trial.png")
 
 def main():
