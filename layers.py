@@ -56,7 +56,7 @@ def fft_length(T):
     return next(n for n in range(2 * T, 8 * T, 2) if pow(30, 64, n) == 0)
 
 def cached(size, device, elements=1 << 19):
-    """How many parts of `size` elements a CPU's cache holds beside a few others like them."""
+    """How many parts of `size` elements fit in a CPU's cache, with room for temporaries."""
     return max(1, elements // size) if device.type == "cpu" else 1 << 30
 
 # An operator, since torch.compile has no code for complex numbers: it calls this as it is.
@@ -178,7 +178,7 @@ def selective_scan_reference(x, dt, A, B, C):
     return torch.stack(ys, 1)
 
 def selective_scan(x, dt, A, B, C):
-    """The same by stretches of time. a, b and h have N times the elements of x; on a CPU a stretch
+    """The same in pieces of time. a, b and h have N times the elements of x; on a CPU a piece
     is so short that they stay in its cache (Mamba, section 3.3.2, does so in a GPU's)."""
     x, dt, A, B, C = map(upcast, (x, dt, A.T, B, C))
     h, ys = x.new_zeros(x.shape[0], A.shape[0], x.shape[2]), []               # (B, N, C)
@@ -260,12 +260,12 @@ def gated_linear_scan(q, k, v, log_a=None, u=None):
 
 # -------------------------------------------------------------------------------------------------
 #   S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T,   y_t = S_t^T q_t    (b is beta)
-# The delta rule: what the state answers to k_t is moved towards v_t, by a share b_t. RWKV-7 removes
+# The delta rule moves the value stored for k_t, S^T k_t, a fraction b_t towards v_t. RWKV-7 removes
 # along another key than it writes:    S_t = diag(a_t) S_{t-1} - c_t (r_t^T S_{t-1}) + b_t k_t v_t^T
 # (the first is the case r = a k, c = b k).
 
 def delta_terms(k, beta, log_a, r, c):
-    """log_a, r and c with what None stands for."""
+    """log_a, r and c, with their defaults in place of None."""
     log_a = torch.zeros_like(beta) if log_a is None else log_a
     return (log_a, log_a.exp() * k, beta * k) if r is None else (log_a, r, c)
 
@@ -298,7 +298,7 @@ def delta_scan(q, k, v, beta, log_a=None, r=None, c=None, chunk=64):
     C = min(chunk, 1 << (T - 1).bit_length())
     cut = lambda x: F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))         # (B, H, n, C, .)
     q, k, v, r, c, log_a = map(cut, (q, beta * k, v, r, c, log_a))
-    with torch.autocast(q.device.type, enabled=False):        # a solve multiplies rounding errors
+    with torch.autocast(q.device.type, enabled=False):        # bf16 errors would grow in a solve
         later = lambda x: F.pad(x[..., :-1, :], (0, 0, 1, 0))
         # r_t reads S_{t-1}, as a query at time t - 1 would.
         queries = torch.stack((q, F.pad(r[..., 1:, :], (0, 0, 0, 1))))[:, None]
@@ -324,8 +324,8 @@ class Layer(nn.Module):
     """What every layer has, beside forward(x (B, T, D)) -> (B, T, D), which is causal. The defaults
     are right for a layer without memory."""
 
-    state_shapes = ()              # of the tensors that `step` carries, for one sequence
-    paper_state = 0                # its elements as the paper counts them
+    state_shapes = ()              # one for each tensor of the state of one sequence
+    paper_state = 0                # elements of the state, as the paper counts them
 
     def init_state(self, batch, device=None, dtype=None):
         return [torch.zeros(batch, *shape, device=device, dtype=dtype)
@@ -400,7 +400,7 @@ class Router(nn.Module):
         super().__init__()
         least = min(2, experts)                    # the softmax of one score has no gradient
         if not least <= top_k <= experts:
-            raise UserError(f"top_k={top_k}; permitted: {least} to the {experts} experts")
+            raise UserError(f"top_k={top_k}; permitted: {least} to {experts}, the experts")
         self.top_k, self.score = top_k, linear(dim, experts)
 
     def forward(self, x):
@@ -410,7 +410,7 @@ class Router(nn.Module):
         return torch.zeros_like(scores).scatter(-1, chosen, best.softmax(-1))
 
 class Experts(nn.Module):
-    """E matrices side by side, each at nn.Linear's scale."""
+    """E matrices in one tensor, initialised as nn.Linear's."""
     def __init__(self, experts, inputs, outputs):
         super().__init__()
         weight = torch.empty(experts, inputs, outputs).uniform_(-1, 1) / inputs ** 0.5
@@ -678,7 +678,7 @@ class GatedLinearRecurrence(Layer):
         return self.out(y)[:, 0], [S] + [window[:, 1:]] * len(earlier)
 
     def mixing_flops(self, T):
-        """An element of S and a token: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2."""
+        """Per element of S and token: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2."""
         columns = self.inner // self.heads + self.extra
         return self.state_flops * T * self.heads * self.width * columns
 
@@ -743,7 +743,7 @@ class RWKV5(GatedLinearRecurrence):
     def __init__(self, dim, max_len, heads=8):
         super().__init__(dim, heads)
         ramp = torch.arange(dim) / dim
-        self.mix = nn.Parameter(ramp.repeat(self.mixes, 1))     # share of x_{t-1} in r, k, v, g, w
+        self.mix = nn.Parameter(ramp.repeat(self.mixes, 1))     # shares of x_{t-1}, a row a mixture
         self.r, self.k, self.v, self.g = (linear(dim, dim) for _ in range(4))
         self.log_rate = nn.Parameter(-6 + 5 * ramp)         # half-lives from 280 tokens to 2
         self.bonus = nn.Parameter(torch.full((heads, self.width), 0.5))
@@ -790,7 +790,7 @@ class RWKV6(RWKV5):
 
     def log_decay(self, x):
         w = self.log_rate + upcast(self.decay_up(self.decay_down(x).tanh()))
-        return -w.clamp(max=5).exp()          # at 5 nothing is left; at 88 its gradient is inf * 0
+        return -w.clamp(max=5).exp()          # exp(-exp(5)) is 0; from 88 on the gradient is NaN
 
     def matmul_flops(self, T):
         return super().matmul_flops(T) + 2 * T * self.mix_up.numel()
@@ -916,7 +916,7 @@ class Mamba(Layer):
     def forward(self, x):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
         x = F.silu(self.short(x))
-        # On a GPU nothing of N states a channel is kept for the backward pass: it scans again.
+        # On a GPU the (B, T, N, C) states are not kept for the backward pass, but computed again.
         y = (selective_scan(x, *self.selection(x)) if x.device.type == "cpu" else
              torch.utils.checkpoint.checkpoint(selective_scan, x, *self.selection(x),
                                                use_reentrant=False))

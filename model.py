@@ -59,7 +59,7 @@ def parse_pattern(pattern):
     setting = r"\s*(\w+)\s*=\s*([\w.-]+)\s*"
     layer = rf"([\w-]+)(?:\(((?:{setting},?)*)\))?"
     pattern = ARCHS.get(pattern, pattern)
-    if not re.fullmatch(rf"\s*({layer}\s*)+", pattern):
+    if not re.fullmatch(rf"\s*{layer}(\s+{layer})*\s*", pattern):
         raise UserError(f"pattern {pattern!r}: write layers as name or name(key=value,key=value)")
 
     number = lambda value: int(value) if value.isdecimal() else value
@@ -89,7 +89,7 @@ class Block(nn.Module):
         return x + y, state
 
 def sinusoids(T, dim, device):
-    """A vector for each position (T, D): sines and cosines of it, at falling rates in turn."""
+    """A vector for each position (T, D): sines and cosines of the position, interleaved."""
     rate = 10000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
     angle = torch.arange(T, device=device)[:, None] * rate                    # (T, D/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :dim]    # (T, D)

@@ -714,7 +714,8 @@ def test_patterns_are_read_and_mistakes_refused():
     assert model.parse_pattern(" mh-hyena(heads=4, order = 3)  swiglu ") == \
         [("mh-hyena", {"heads": 4, "order": 3}), ("swiglu", {})]
     assert model.parse_pattern("hybrid") == model.parse_pattern(ARCHS["hybrid"])
-    for wrong in ("", "hyena(", "hyena)", "hyena(order)", "(order=2)", "hyena(order=2", "hybird"):
+    for wrong in ("", "hyena(", "hyena)", "hyena(order)", "(order=2)", "hyena(order=2", "hybird",
+                  "hyena(order=2)mlp", "mh-hyena swiglu " * 9 + "swiglu("):      # told at once
         with pytest.raises(UserError):
             model.parse_pattern(wrong)
     with pytest.raises(UserError, match="heads"):
@@ -926,13 +927,13 @@ def test_a_folder_is_one_run(tmp_path, monkeypatch, runs):
     first = run(tiny(tmp_path, name="x"))
     monkeypatch.setattr(train, "build", None)
     assert run(tiny(tmp_path, name="x")) == first               # it has ended: nothing is built
-    with pytest.raises(UserError, match="lr is 0.001"):
-        run(tiny(tmp_path, name="x", lr=2e-3))
+    with pytest.raises(UserError, match="lr is 0.002"):
+        run(tiny(tmp_path, name="x", lr=4e-3))
     monkeypatch.setattr(train, "RESULTS_VERSION", -1)
     with pytest.raises(UserError, match="version"):
         run(tiny(tmp_path, name="x"))
     names = {train.run_name(tiny(tmp_path, **more)) for more in
-             ({}, dict(lr=2e-3), dict(seed=1), dict(layers="mamba"), dict(seq_len=18))}
+             ({}, dict(lr=4e-3), dict(seed=1), dict(layers="mamba"), dict(seq_len=18))}
     assert len(names) == 5
     assert len(train.run_name(Config(data="字" * 90)).encode()) <= 200
 
