@@ -292,7 +292,7 @@ def delta_scan(q, k, v, beta, log_a=None, r=None, c=None, chunk=64):
     """The same by chunks (a power of 2). With u_t = r_t^T S_{t-1}, what is removed, the recurrence
     is a gated linear one that writes k_t v_t^T and -c_t u_t^T; inside a chunk u depends on earlier
     u by a triangular matrix, which is solved for (the WY form), between chunks on the state."""
-    T, K, both = q.shape[2], q.shape[-1], [0, 0 if c is None else 1]
+    T, K, keys = q.shape[2], q.shape[-1], 1 if c is None else 2       # one kind of key, if c is k
     q, k, v, beta = map(upcast, (q, k, v, beta))
     log_a, r, c = delta_terms(k, beta, log_a, r, c)
     C = min(chunk, 1 << (T - 1).bit_length())
@@ -302,18 +302,17 @@ def delta_scan(q, k, v, beta, log_a=None, r=None, c=None, chunk=64):
         later = lambda x: F.pad(x[..., :-1, :], (0, 0, 1, 0))
         # r_t reads S_{t-1}, as a query at time t - 1 would.
         queries = torch.stack((q, F.pad(r[..., 1:, :], (0, 0, 0, 1))))[:, None]
-        keys = torch.stack((k, c)[:1 + both[1]])                              # one, if c is k
-        scores, to_t, from_s = decayed_scores(queries, keys, log_a)           # (2, 1 or 2, .., C)
-        (qk, qc), (rk, rc) = scores[0, both], later(scores[1, both])
+        scores, to_t, from_s = decayed_scores(queries, torch.stack((k, c)[:keys]), log_a)
+        now, before = scores.expand(2, 2, *scores.shape[2:])                  # (2, .., C, C) each
+        (qk, qc), (rk, rc) = now, later(before)
         r, q = r * later(to_t).exp(), q * to_t.exp()
-        eye = torch.eye(C, dtype=q.dtype, device=q.device)
-        W, U = torch.linalg.solve_triangular(eye + rc, torch.cat((r, rk @ v), -1), upper=False,
+        W, U = torch.linalg.solve_triangular(rc, torch.cat((r, rk @ v), -1), upper=False,
                                              unitriangular=True).split((K, v.shape[-1]), -1)
         k, c = (k * from_s.exp()).mT, (c * from_s.exp()).mT                   # (.., K, C)
         total, move, write = to_t[..., -1, :, None].exp(), c @ W, k @ v - c @ U
         S = [torch.zeros_like(write[:, :, 0])]                                # (B, H, K, V)
-        for i in range(write.shape[2] - 1):
-            S.append(total[:, :, i] * S[-1] - move[:, :, i] @ S[-1] + write[:, :, i])
+        for a, moved, new in zip(*(x[:, :, :-1].unbind(2) for x in (total, move, write))):
+            S.append(a * S[-1] - moved @ S[-1] + new)
         S = torch.stack(S, 2)                                                 # (B, H, n, K, V)
         y = (q - qc @ W) @ S + qk @ v - qc @ U
     return y.flatten(2, 3)[:, :, :T]
@@ -678,9 +677,10 @@ class GatedLinearRecurrence(Layer):
         return self.out(y)[:, 0], [S] + [window[:, 1:]] * len(earlier)
 
     def mixing_flops(self, T):
-        """Per element of S and token: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2."""
-        columns = self.inner // self.heads + self.extra
-        return self.state_flops * T * self.heads * self.width * columns
+        """Per element of S: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2. 2 a tap."""
+        taps = sum(m.taps.numel() for m in self.modules() if isinstance(m, ShortConv))
+        elements = self.heads * self.width * (self.inner // self.heads + self.extra)
+        return T * (self.state_flops * elements + 2 * taps)
 
 class LinearAttention(GatedLinearRecurrence):
     """y_t = sum_{s <= t} f(q_t) . g(k_s) v_s / sum_{s <= t} f(q_t) . g(k_s)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from pathlib import Path
 from unittest import mock
 
@@ -181,7 +182,7 @@ def test_the_file_shows_each_task():
     ("os.kill(os.getpid(), 1)", 129), ("print('é')", 0), ("1 / 0", 1),
     ("sys.stderr.write('')", 0), ("raise tasks.UserError('no')", 2)])
 def test_how_a_program_ends(body, code):
-    closed = "sys.stderr = None" if code == 0 else ""
+    closed = {0: "sys.stderr = None", 2: "sys.stdout = None"}.get(code, "")
     done = tasks_run("-c", f"import os, sys, tasks\n{closed}\ndef main():\n  {body}\n"
                      "tasks.run_main(main)", cwd=Path(tasks.__file__).parent,
                      env={**os.environ, "PYTHONIOENCODING": "ascii"})
@@ -194,10 +195,11 @@ def test_how_a_program_ends(body, code):
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     """tiktoken's encodings without a download: their pattern, few merges, no <|endoftext|>."""
-    ranks = [*(bytes([i]) for i in range(256)), b"\n\n", b".\n", b" \n", b"th", b" t", b" th"]
+    ranks = [*(bytes([i]) for i in range(256)), b"\n\n", b".\n", b" \n", b"th", b" t"]
+    ranks = {text: i for i, text in enumerate(ranks)} | {b" th": 2000}
     word = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     get = lambda name: tiktoken.Encoding(name, pat_str=word, special_tokens={"<|bos|>": 300},
-                                         mergeable_ranks={b: i for i, b in enumerate(ranks)})
+                                         mergeable_ranks=ranks)
     monkeypatch.setattr(tiktoken, "get_encoding", get)
     monkeypatch.setattr(tasks.tempfile, "gettempdir", lambda: str(tmp_path))
     for cached in (tasks.get_encoding, tasks.token_table):
@@ -233,8 +235,9 @@ def test_text_files_become_tokens_once(tmp_path, toy, monkeypatch):
     assert b"".join(table[t] for t in tokens.tolist()) == text.encode() and 300 not in table
     assert tasks.bytes_per_token(tokens, "gpt2") == pytest.approx(len(text.encode()) / len(tokens))
     assert tasks.bytes_per_token(np.array([65, 300]), "gpt2") == 0.5
-    few = tasks.load_tokens(tmp_path / "one", "gpt2:1000")        # ids below 1000: all but <|bos|>
-    assert few.tolist() == tokens.tolist() and tasks.vocab_size("gpt2:1000") == 262
+    few, table = tasks.load_tokens(tmp_path / "one", "gpt2:1000"), tasks.token_table("gpt2:1000")
+    assert b"".join(table[t] for t in few.tolist()) == text.encode() and few.max() < 1000
+    assert tokens.max() == 2000 and tasks.vocab_size("gpt2:1000") == 261
     for name in ("d", "one"):
         assert tasks.load_tokens(tmp_path / name).tobytes() == text.encode()
     tasks.load_tokens(tmp_path / "d", "gpt2")
@@ -505,7 +508,8 @@ LAYERS_PAPER = {**dict.fromkeys(("hyena", "mh-hyena", "hyena-experts", "rwkv6-ti
                 "sliding-attention": 2 * WIDTH * 32, "mlp": 0}                # at T = 64
 LAYERS_MIXING = {"mh-linear-attention": 4 * WIDTH * 9, "rwkv6-time-mixer": 5 * WIDTH * 16,
                  "mamba": 256 * (2 * 4 + 7 * 4 + 4), "hyena": 512 * (18 + 60 + 4),
-                 "mh-hyena": 18 * WIDTH + 1024 * (60 + 6), "mh-attention": 0} # FLOPs a token
+                 "mh-hyena": 18 * WIDTH + 1024 * (60 + 6), "mh-attention": 0, # FLOPs a token
+                 "deltanet": 9 * WIDTH * 16 + 24 * WIDTH, "mamba2": 5 * 256 * 4 + 8 * (256 + 8)}
 
 def test_costs_are_those_of_their_formulas():
     assert {n: layers_make(n).nominal(64) for n in LAYERS_PAPER} == LAYERS_PAPER
@@ -791,6 +795,19 @@ def test_recall_tokens_of_windows_made_by_hand():
     assert (train.recall_tokens(often, windows, 2) == expected).all()
     assert train.recall_tokens(often, windows, 3).sum() == 0
 
+def test_the_losses_of_a_test_by_kind_of_token():
+    losses = torch.tensor([[1.0, 2, 3, 4], [5, 5, 0, 0]])
+    targets, recall = torch.full((2, 4), 3), (losses > 2) & (losses < 5)
+    targets[1, 2:] = IGNORE
+    data = SimpleNamespace(facts={"bytes_per_token": 2}, tests=lambda _: [(targets, targets, recall)])
+    assert train.evaluate(lambda *_: (losses, 3 * recall), data) == pytest.approx(dict(
+        val_loss=20 / 6, val_accuracy=2 / 6, recall_loss=3.5, other_loss=13 / 4,
+        bits_per_byte=20 / 12 / math.log(2)))
+    recall[:] = False
+    assert train.evaluate(lambda *_: (losses, targets), data)["recall_loss"] is None
+    short = train.check(Config(**TEXT | dict(context=2, device="cpu")))
+    assert len(next(train.load_data(short).tests(5))) == 3             # shorter than n-grams
+
 def test_macro_accuracy_of_a_hand_made_case():
     targets = torch.tensor([0, 0, 0, 0, 1, 1])
     predictions = torch.tensor([0, 0, 0, 3, 1, 0])
@@ -923,6 +940,13 @@ def test_ctrl_c_and_resume_from_the_command_line(tmp_path):
     assert (config.steps, config.batch_size, config.device) == (100000, 8, "cpu")
     assert Path(config.out) / config.name == folder
 
+def test_a_signal_is_kept_and_its_repetition_interrupts():
+    with pytest.raises(KeyboardInterrupt, match="143"), train.catch_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
 def test_a_folder_is_one_run(tmp_path, monkeypatch, runs):
     first = run(tiny(tmp_path, name="x"))
     monkeypatch.setattr(train, "build", None)
@@ -964,7 +988,6 @@ def test_text_is_learned_tested_and_written(tmp_path, capsys, runs):
     r = run(Config(out=str(tmp_path), lr=3e-3, **TEXT))
     assert 1.5 < r["val_loss"] < 4.5 < math.log(256)
     assert r["bits_per_byte"] == pytest.approx(r["val_loss"] / math.log(2))
-    assert sorted((r["recall_loss"], r["other_loss"], r["val_loss"]))[1] == r["val_loss"]
     print(model.sample(r["folder"], "The ", n=20))
     assert capsys.readouterr().out.startswith("The ")
     config = train.check(Config(out=str(tmp_path), **TEXT))
@@ -1066,8 +1089,10 @@ MISTAKES = [
     ("train.py", "--task mad --shard 3of2", "shard"),
     ("train.py", "--task mad --shard 2/2", "shard"),
     ("train.py", "--task mad --lr 3e-4", "lr"),
+    ("train.py", "--task mad --vocab-size 64", "vocab-size"),
     ("scaling.py", "sweep --archs hybird --out x", "hybrid"),
     ("scaling.py", "plan --sizes 0", "sizes"),
+    ("scaling.py", "plan --archs hybrid --depth 3", "depth"),
     ("scaling.py", "fit none.csv", "none.csv"),
     ("scaling.py", "table", "mad"),
     ("scaling.py", "curves none.jsonl --out x.png", "none.jsonl"),
@@ -1325,6 +1350,8 @@ def test_scaling_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "the loss is nan" in capsys.readouterr().err
     scaling.main(args)                                   # nothing is missing
     assert len(trained) == 16 and (tmp_path / "runs.csv").read_text() == text
+    scaling.main(args[:-1] + [str(data.rename(tmp_path / "other.txt"))])
+    assert len(trained) == 32                            # another text: other runs
 
 @pytest.mark.parametrize("arch", [*model.ARCHS, "mh-hyena swiglu mh-attention(heads=4) swiglu"])
 def test_scaling_sizes_and_costs_of_every_architecture(arch):
