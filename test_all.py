@@ -797,14 +797,14 @@ def test_recall_tokens_of_windows_made_by_hand():
 
 def test_the_losses_of_a_test_by_kind_of_token():
     losses = torch.tensor([[1.0, 2, 3, 4], [5, 5, 0, 0]])
-    targets, recall = torch.full((2, 4), 3), (losses > 2) & (losses < 5)
-    targets[1, 2:] = IGNORE
-    data = SimpleNamespace(facts={"bytes_per_token": 2}, tests=lambda _: [(targets, targets, recall)])
+    labels, recall = torch.full((2, 4), 3), (losses > 2) & (losses < 5)
+    labels[1, 2:] = IGNORE
+    data = SimpleNamespace(facts={"bytes_per_token": 2}, tests=lambda _: [(labels, labels, recall)])
     assert train.evaluate(lambda *_: (losses, 3 * recall), data) == pytest.approx(dict(
         val_loss=20 / 6, val_accuracy=2 / 6, recall_loss=3.5, other_loss=13 / 4,
         bits_per_byte=20 / 12 / math.log(2)))
     recall[:] = False
-    assert train.evaluate(lambda *_: (losses, targets), data)["recall_loss"] is None
+    assert train.evaluate(lambda *_: (losses, labels), data)["recall_loss"] is None
     short = train.check(Config(**TEXT | dict(context=2, device="cpu")))
     assert len(next(train.load_data(short).tests(5))) == 3             # shorter than n-grams
 

@@ -1,7 +1,7 @@
 """
 How a model learns: one run of one task, from the command line to a folder of results.
 
-    python train.py --arch hybrid                       in-context recall: above 0.99 in a minute
+    python train.py --arch hybrid                       in-context recall: 0.99 in a minute or so
     python train.py --arch transformer                  the same steps: it stays near 0.3
     python train.py --layers "hyena swiglu" --lr 5e-4   any pattern of layers.py
     python train.py --arch mamba --task text            a language model of Python's own sources
