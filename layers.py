@@ -236,14 +236,14 @@ def decayed_scores(q, k, log_a):
     return scores, to_t, from_s
 
 def gated_linear_scan(q, k, v, log_a=None, u=None):
-    """The same by chunks of C = 64 tokens: inside one as masked attention, between them by the
-    state. O(T C), stable for any decay."""
+    """The same by chunks of C tokens: inside one as masked attention, between them by the state.
+    O(T C), stable for any decay. About C = K makes both parts cost the same."""
     if u is not None:              # y_t reads S_{t-1}, as a query q_t at time t - 1 would
         past = gated_linear_scan(F.pad(q[:, :, 1:], (0, 0, 0, 1)), k, v, log_a)
         now = upcast(q * u[:, None] * k).sum(-1, keepdim=True) * v
         return F.pad(past[:, :, :-1], (0, 0, 1, 0)) + now
     T = q.shape[2]
-    C = min(64, 1 << (T - 1).bit_length())                                    # a power of 2
+    C = 1 << (min(T, 64, max(16, q.shape[-1])) - 1).bit_length()              # a power of 2
     cut = lambda x: F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))
     q, k, v = cut(q), cut(k), cut(v)                       # (B, H, n, C, .), bf16 under autocast
     if log_a is None:
@@ -288,14 +288,14 @@ def delta_scan_reference(q, k, v, beta, log_a=None, r=None, c=None):
         ys.append(y)
     return torch.stack(ys, 2)
 
-def delta_scan(q, k, v, beta, log_a=None, r=None, c=None, chunk=64):
-    """The same by chunks (a power of 2). With u_t = r_t^T S_{t-1}, what is removed, the recurrence
+def delta_scan(q, k, v, beta, log_a=None, r=None, c=None):
+    """The same by chunks of C tokens. With u_t = r_t^T S_{t-1}, what is removed, the recurrence
     is a gated linear one that writes k_t v_t^T and -c_t u_t^T; inside a chunk u depends on earlier
     u by a triangular matrix, which is solved for (the WY form), between chunks on the state."""
     T, K, keys = q.shape[2], q.shape[-1], 1 if c is None else 2       # one kind of key, if c is k
     q, k, v, beta = map(upcast, (q, k, v, beta))
     log_a, r, c = delta_terms(k, beta, log_a, r, c)
-    C = min(chunk, 1 << (T - 1).bit_length())
+    C = 1 << (min(T, 64, max(16, K)) - 1).bit_length()                        # a power of 2
     cut = lambda x: F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C))         # (B, H, n, C, .)
     q, k, v, r, c, log_a = map(cut, (q, beta * k, v, r, c, log_a))
     with torch.autocast(q.device.type, enabled=False):        # bf16 errors would grow in a solve
