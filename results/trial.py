@@ -5,6 +5,7 @@ describes. It needs cl100k_base, which tiktoken downloads (or has in TIKTOKEN_CA
   python results/trial.py run [--workers 2]     the runs that are missing, in order, in out/trial
   python results/trial.py report                tests, table and picture
 """
+import functools
 import io
 import keyword
 import multiprocessing
@@ -61,6 +62,8 @@ SMALL, LARGE, RATE = 1e12, 1.5e13, 0.024       # FLOPs; scaling.py's learning ra
 
 def sweep(out, arch, budget, width, batch, rate, *options):
     scaling.SHAPES = [(width, 4)]
+    # Compiling pays where three runs have one shape: the text, the control and the second seed.
+    scaling.Config = functools.partial(train.Config, compile="auto" if budget == SMALL else "on")
     scaling.main(["sweep", *COMMON.split(), "--archs", arch, "--out", f"{out}/{arch}", "--budgets",
                   f"{budget:g}", "--batch", str(batch), "--lr", str(rate), *options])
 
