@@ -7,7 +7,7 @@ Channel mixers follow. First come the fast paths, each below the plain loop that
 (`*_reference`), then the layers, then the table `LAYERS`, a look inside, and a benchmark.
 
   B batch     T time, tokens     D width     H heads     K key width, V value width of a head
-  N state of a channel           E experts   C chunk length, or channels
+  N state of a channel           E experts   C chunk length, or channels   n chunks   W window
 
 A layer is Layer(dim, max_len, **settings), max_len the longest sequence; class `Layer` says what it
 has. To add one: copy a class, change its equation, add a line to LAYERS. Tests, benchmark and
@@ -306,6 +306,7 @@ def delta_scan(q, k, v, beta, log_a=None, r=None, c=None):
         now, before = scores.expand(2, 2, *scores.shape[2:])                  # (2, .., C, C) each
         (qk, qc), (rk, rc) = now, later(before)
         r, q = r * later(to_t).exp(), q * to_t.exp()
+        # (I + rc) u = r S_0 + rk v, with S_0 the state before the chunk: u = W S_0 + U.
         W, U = torch.linalg.solve_triangular(rc, torch.cat((r, rk @ v), -1), upper=False,
                                              unitriangular=True).split((K, v.shape[-1]), -1)
         k, c = (k * from_s.exp()).mT, (c * from_s.exp()).mT                   # (.., K, C)
@@ -322,7 +323,6 @@ def delta_scan(q, k, v, beta, log_a=None, r=None, c=None):
 class Layer(nn.Module):
     """What every layer has, beside forward(x (B, T, D)) -> (B, T, D), which is causal. The defaults
     are right for a layer without memory."""
-
     state_shapes = ()              # one for each tensor of the state of one sequence
     paper_state = 0                # elements of the state, as the paper counts them
 
@@ -640,6 +640,8 @@ class MultiHeadHyena(Hyena):
 #   GLA                a_t from x_t, one a key channel
 #   RWKV-5             a fixed, one a key channel; reads S_{t-1} with a bonus for the present token
 #   RWKV-6             the same with a_t from x_t
+#   RWKV-7, DeltaNet   the delta rule: before v_t is written, what k_t reads is removed
+#   Mamba-2            a_t from x_t, one a head; q_t and k_t the same for all heads
 #   Mamba              a channel is a head with K = N, V = 1: a_t = exp(dt_t A), k_t = dt_t B_t,
 #                      v_t = x_t, q_t = C_t
 
@@ -648,7 +650,6 @@ class GatedLinearRecurrence(Layer):
     `gated_linear_scan`; with delta_rule those of `delta_scan`) and a gate (B, T, .); and
     readout(y (B, H, T, V), gate) -> (B, T, H V). reads: how many earlier tokens a projection looks
     at, which `step` carries. extra: columns that it adds to v."""
-
     extra, reads, delta_rule, state_flops = 0, 0, False, 5
 
     def __init__(self, dim, heads, key_width=None, inner=None):
@@ -687,7 +688,6 @@ class LinearAttention(GatedLinearRecurrence):
     (Katharopoulos et al. 2020.) f and g: softplus(W_1 z) * softplus(W_2 z), shared by the heads; in
     mad-lab without softplus, so that the denominator changes sign. It is the same recurrence for
     one more column of v, all ones; 1e-6 keeps it from 0."""
-
     extra, state_flops = 1, 4                                                 # nothing decays
 
     def __init__(self, dim, max_len, heads=16):
@@ -737,7 +737,6 @@ class RWKV5(GatedLinearRecurrence):
     """y_t = (norm((S_{t-1} + diag(u) k_t v_t^T)^T r_t) * silu(g_t)) W_o;  a = exp(-exp(w)) fixed
     with r, k, v, g from mixtures of x_t and x_{t-1} (Peng et al. 2024, Eagle, section 4.1).
     Args: heads H. Here r is q, w log_rate; initial values are simpler than the authors'."""
-
     reads, mixes = 1, 4
 
     def __init__(self, dim, max_len, heads=8):
@@ -771,7 +770,6 @@ class RWKV5(GatedLinearRecurrence):
 class RWKV6(RWKV5):
     """as RWKV-5, with a_t = exp(-exp(w_t)), w_t = w + tanh(x_t W_1) W_2, and such mixtures
     (Peng et al. 2024, Finch, section 4.2.)  Args: heads H; ranks of the mixtures and the decay."""
-
     mixes = 5
 
     def __init__(self, dim, max_len, heads=8, mix_rank=32, decay_rank=64):
@@ -799,7 +797,6 @@ class RWKV7(RWKV5):
     """S_t = diag(a_t) S_{t-1} - b_t c_t (c_t^T S_{t-1}) + k_t v_t^T;  y_t = (norm(S_t^T r_t) +
     (r_t . u k_t) v_t) * g_t, then W_o:  it forgets along c, the direction of k; a, b, g through low
     ranks (Peng et al. 2025, Goose). Left out: the first layer's v, mixed into later ones."""
-
     mixes, delta_rule, state_flops = 6, True, 9
 
     def __init__(self, dim, max_len, heads=8, rank=32):
@@ -820,6 +817,7 @@ class RWKV7(RWKV5):
         c = F.normalize(upcast(c), dim=-1)
         now = (q * self.bonus[:, None] * k).sum(-1, keepdim=True) * v         # (B, H, T, V)
         gate = torch.cat((g, merge_heads(now)), -1)                           # (B, T, 2D)
+        # In delta_scan's letters beta is 1, the key r that reads is c, and c, which removes, b c.
         return q, k, v, torch.ones_like(k[..., :1]), log_a, c, b * c, gate
 
     def readout(self, y, gate):
@@ -832,7 +830,6 @@ class DeltaNet(GatedLinearRecurrence):
     with a = 1 (Yang et al. 2024, DeltaNet); or, gated, a_t = sigmoid(x_t w)^A, one a head, and
     norm(..) * silu(x_t W_g) (Yang et al. 2024, Gated DeltaNet). q, k, v pass a short convolution
     and SiLU, q and k are normalised, b is a sigmoid.  Args: heads H; gated: 0 or 1."""
-
     reads, delta_rule, state_flops = 3, True, 9
 
     def __init__(self, dim, max_len, heads=8, gated=0):
@@ -860,7 +857,6 @@ class Mamba2(GatedLinearRecurrence):
     """S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T;  y_t = norm((S_t^T C_t + D x_t) * silu(z_t)) W_o
     (Dao & Gu 2024.) Mamba with one decay a head, and so GLA with k = B, q = C (one for all heads),
     v = dt x. x, B, C pass a short convolution.  Args: expand: H V over D; state K; heads H."""
-
     reads = 3
 
     def __init__(self, dim, max_len, expand=2, state=4, heads=8):
@@ -1111,7 +1107,8 @@ def benchmark(args, B, T, D):
           f"{'fwd ms':>9}{'fwd+bwd':>10}{'units':>8}{'of rate':>8}{'peak MB':>9}")
     for name, layer in layers.items():
         print(f"\n{(inspect.getdoc(layer) or name).splitlines()[0]}")
-        flops, loops = layer.flops(T) * B, args.loops and not args.compile
+        flops, recurrent = layer.flops(T) * B, layer.nominal(T) > D           # or attention
+        loops = args.loops and not args.compile and recurrent
         if args.compile:
             layer.compile(dynamic=False)
         for title, replaced in [(name, {}), ("  its loop", LOOPS)][:1 + loops]:

@@ -155,7 +155,7 @@ class Model(nn.Module):
 def decayed(model):
     """
     The parameters that get weight decay: matrices that multiply activations, and the embedding. Not
-    norms, biases, filters (an implicit one's MLP reads times), Mamba's A and D, RWKV's own vectors.
+    norms, biases, filters (an implicit one's MLP reads times), Mamba's A and D, RWKV's mixtures.
     """
     in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
     return [m.weight for m in model.modules()
@@ -173,7 +173,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:              # a damaged archive raises errors of many kinds
-        way_out = "delete it" if Path(path).exists() else "give the folder of a run that has saved"
+        way_out = ("if it is damaged, delete it" if Path(path).exists() else
+                   "give the folder of a run that has saved")
         raise UserError(f"{path} can't be read ({type(error).__name__}): {way_out}") from None
 
 def load_run(folder, device="cpu"):
@@ -185,6 +186,8 @@ def load_run(folder, device="cpu"):
 
 def sample(folder, prompt, n=200, device="cpu", seed=0):
     """The prompt and the n tokens that the model in a run's folder writes after it, as text."""
+    if not prompt:
+        raise UserError("--prompt is empty; give a character or more")
     model, saved = load_run(folder, device)
     prompt = torch.tensor([encode(prompt, saved["tokenizer"])], device=device)
     torch.manual_seed(seed)

@@ -123,10 +123,10 @@ def motifs(draw, num_tokens, L, P):
     return motif
 
 def recall(setting, draw, split, seed):
-    """key value ... key value: a key has one value, drawn anew for each sequence, and the last pair
-    repeats one before it. Trained on every next token, tested on values of keys shown before.
-    Noisy: some pairs are two tokens of noise. Fuzzy: after pads, keys and values are motifs of 1 to
-    L tokens (a test's keys of L); only its earlier appearance tells where a value ends."""
+    """3 12 7 9 5 11 7 9: keys before their values. A key has one value, drawn anew for a sequence;
+    the last pair repeats one before it. Trained on every next token, tested on values of keys shown
+    before. Noisy: some pairs are two tokens of noise. Fuzzy: after pads, keys and values are motifs
+    of 1 to L tokens (a test's keys of L); only an earlier appearance tells where a value ends."""
     (keys, values), T, P = halves(setting), setting.seq_len, setting.seq_len // 2
     L, slot = setting.max_motif if "fuzzy" in setting.task else 1, np.arange(P)
     pair = np.stack([motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)], 2)

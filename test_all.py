@@ -1083,6 +1083,7 @@ MISTAKES = [
     ("train.py", "--device tpu", "device"),
     ("train.py", "--resume nothing", "resume"),
     ("train.py", "--sample nothing", "nothing"),
+    ("train.py", "--sample nothing --prompt=", "prompt"),
     ("train.py", "--frobnicate", "frobnicate"),
     ("train.py", "--arch mamba --layers hyena", "layers"),
     ("train.py", "--task mad --tasks text", "tasks"),
@@ -1120,14 +1121,12 @@ def test_a_fork_keeps_its_traceback(monkeypatch, capsys):
     with pytest.raises(IndexError):
         tasks.run_main(train.main)
 
-@pytest.mark.parametrize("env", [dict(RANK=""), dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")])
-def test_half_set_distributed_variables_are_named(env, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="(RANK|MASTER_ADDR) is missing or empty"):
-        train.connect(Config(task="text"))
+@pytest.mark.parametrize("n, error", [(0, "RANK"), (3, "MASTER_ADDR"), (5, "--batch-size")])
+def test_the_variables_of_torchrun_are_checked(n, error, monkeypatch):
+    for i, name in enumerate(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
+        monkeypatch.setenv(name, "2" if i < n else "")
+    with pytest.raises(UserError, match=error):
+        train.connect(Config(task="text", batch_size=3))
 
 @pytest.mark.parametrize("name", ["tasks", "layers", "model", "train", "scaling"])
 def test_help_works_without_docstrings(name):

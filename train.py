@@ -223,8 +223,8 @@ def connect(config):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(f"{name} is missing or empty: start with torchrun, or unset RANK")
-    if config.task != "text":
-        raise UserError(f"torchrun's processes share a run of --task text, not {config.task}")
+    if config.task != "text" or config.batch_size % int(os.environ["WORLD_SIZE"]):
+        raise UserError("torchrun's processes share --task text, and --batch-size in equal parts")
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
