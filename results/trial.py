@@ -166,7 +166,7 @@ def report(out):
                       for part in scaling.read_scores(f"{out}/scores/hard"))
     recall = {arch: np.mean([r["tasks"][task]["macro"] for r in some for task in RECALL])
               for arch, some in records.items()}
-    runs = {"1e12": best_runs(out, SMALL), "1.5e13": best_runs(out, LARGE),
+    runs = {"1e12": best_runs(out, SMALL), "1.5e13 FLOPs": best_runs(out, LARGE),
             "1.5e13, renamed": best_runs(f"{out}/renamed", LARGE)}
     again = {arch: row["loss"] for arch, row in best_runs(out, LARGE, "1").items()}
     value = lambda title, part: {arch: row[part] for arch, row in runs[title].items()}
@@ -208,10 +208,10 @@ def report(out):
             x = np.arange(len(rho)) + i / 10
             ax.plot(x, rho, marker, color=color, label=part)
             ax.vlines(x, low, high, color=color)
-    ax.set(xticks=range(len(runs)), xticklabels=[f"{title} FLOPs" for title in runs], ylim=(-1, 1),
-           ylabel="Spearman's rho with the hard score")
+    ax.set(xticks=range(len(runs)), xticklabels=runs, xlim=(-0.4, 2.8), ylim=(-1, 1),
+           xlabel="FLOPs of a run, text", ylabel="Spearman's rho with the hard score")
     ax.axhline(0, color="k", lw=0.5)
-    ax.legend(title="bars: without any one architecture")
+    ax.legend(title="bars: without any one\narchitecture", loc="upper right")
     figure.savefig(ROOT / "assets" / "trial.png")
 
 def main():
