@@ -166,7 +166,7 @@ def report(out):
                       for part in scaling.read_scores(f"{out}/scores/hard"))
     recall = {arch: np.mean([r["tasks"][task]["macro"] for r in some for task in RECALL])
               for arch, some in records.items()}
-    runs = {"1e12": best_runs(out, SMALL), "1.5e13 FLOPs": best_runs(out, LARGE),
+    runs = {"1e12": best_runs(out, SMALL), "1.5e13": best_runs(out, LARGE),
             "1.5e13, renamed": best_runs(f"{out}/renamed", LARGE)}
     again = {arch: row["loss"] for arch, row in best_runs(out, LARGE, "1").items()}
     value = lambda title, part: {arch: row[part] for arch, row in runs[title].items()}
