@@ -407,7 +407,7 @@ def table(records, scores):
                 paper.setdefault(arch, row["mean"])
     rank = rank_correlation([scores[arch] for arch in paper], list(paper.values()))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
-        f"\n\nSpearman's correlation of these scores with the paper's means: {rank.rho:.2f}, "
+        f"\n\nSpearman's correlation of these scores with the published means: {rank.rho:.2f}, "
         f"n = {rank.n}, permutation p = {rank.p:.2g}")
 
 def canvas(rows, columns, **size):

@@ -68,8 +68,11 @@ def sweep(out, arch, budget, width, batch, rate, *options):
                   f"{budget:g}", "--batch", str(batch), "--lr", str(rate), *options])
 
 def small(out, arch):
-    for rate in 0.5, 1, 2:
+    """Rates of twice the one before, until that does not help, by total loss."""
+    rate = 1
+    while rate == 1 or best_rate(out, arch) >= rate / 2:
         sweep(out, arch, SMALL, 32, 2, rate)
+        rate *= 2
 
 def best_rate(out, arch):
     found = scaling.read_csv(Path(out, arch, "runs.csv"), [], ["loss", "lr", "budget"])
