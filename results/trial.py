@@ -1,6 +1,6 @@
 """
-Does the MAD score predict language modelling? The trial that "Registered" in results/README.md
-describes. It needs cl100k_base, which tiktoken downloads (or has in TIKTOKEN_CACHE_DIR).
+Does the MAD score predict language modelling? The trial registered in results/README.md.
+It needs cl100k_base, which tiktoken downloads (or has in TIKTOKEN_CACHE_DIR).
 
   python results/trial.py run [--workers 2]     the runs that are missing, in order, in out/trial
   python results/trial.py report                tests, table and picture
@@ -8,6 +8,7 @@ describes. It needs cl100k_base, which tiktoken downloads (or has in TIKTOKEN_CA
 import functools
 import io
 import keyword
+import math
 import multiprocessing
 import signal
 import sys
@@ -115,7 +116,7 @@ def rename(folder):
     names, texts = {}, {}
     for path in tasks.corpus(None):
         try:
-            lines = path.read_text().splitlines(True)
+            lines = io.StringIO(path.read_text()).readlines()
             tokens = list(tokenize.generate_tokens(io.StringIO("".join(lines)).readline))
         except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
             continue
@@ -171,22 +172,30 @@ def report(out):
               for arch, some in records.items()}
     runs = {"1e12": best_runs(out, SMALL), "1.5e13": best_runs(out, LARGE),
             "1.5e13, renamed": best_runs(f"{out}/renamed", LARGE)}
-    again = {arch: row["loss"] for arch, row in best_runs(out, LARGE, "1").items()}
-    value = lambda title, part: {arch: row[part] for arch, row in runs[title].items()}
+    again = best_runs(out, LARGE, "1")
+    # A run that has diverged has no row: it ranks last.
+    value = lambda rows, part: {a: rows[a][part] if a in rows else math.inf for a in ARCHS}
+    last = runs["1.5e13"]
     tests = {
-        "primary: hard score, loss at 1.5e13": (score, value("1.5e13", "loss")),
-        "second: recall part, recall loss at 1.5e13": (recall, value("1.5e13", "recall_loss")),
+        "primary: hard score, loss at 1.5e13": (score, value(last, "loss")),
+        "second: recall part, recall loss at 1.5e13": (recall, value(last, "recall_loss")),
         "control: recall part, recall loss of renamed text":
-            (recall, value("1.5e13, renamed", "recall_loss")),
-        "baseline: loss at 1e12, at 1.5e13": (value("1e12", "loss"), value("1.5e13", "loss")),
-        "its recall part": (value("1e12", "recall_loss"), value("1.5e13", "recall_loss")),
-        "noise: loss at 1.5e13, seeds 0 and 1": (value("1.5e13", "loss"), again)}
-    found = {title: ranks(x, y) for title, (x, y) in tests.items() if len(x.keys() & y.keys()) > 3}
-    for title, test in found.items():
+            (recall, value(runs["1.5e13, renamed"], "recall_loss")),
+        "baseline: loss at 1e12, at 1.5e13": (value(runs["1e12"], "loss"), value(last, "loss")),
+        "its recall part": (value(runs["1e12"], "recall_loss"), value(last, "recall_loss"))}
+    for part in parts:
+        tests[f"noise: {part} at 1.5e13, two seeds"] = value(last, part), value(again, part)
+    found = [ranks(x, y) for x, y in tests.values()]
+    for title, test in zip(tests, found):
         print("{}: rho {rho:.2f}, n {n}, p {p:.2g}, without one {low:.2f} to {high:.2f}".format(
             title, **test))
-    p = sorted(test["p"] for test in list(found.values())[:2])
-    print(f"by Holm's correction, p of the first two: {2 * p[0]:.2g}, {max(2 * p[0], p[1]):.2g}")
+    p = [test["p"] for test in found[:2]]
+    print("p by Holm's correction: " + ", ".join(
+        f"{min(1, max(2 * min(p), one)):.2g} ({name})" for name, one in zip(tests, p)))
+    for part in parts:
+        gaps = [abs(last[arch][part] - again[arch][part]) for arch in last if arch in again]
+        print(f"{part} of two seeds: {np.mean(gaps):.3f} nats apart; the architectures' standard "
+              f"deviation: {np.std([row[part] for row in last.values()]):.3f}")
     for task in tasks.TASKS:
         solved = [arch for arch, some in records.items()
                   if np.mean([r["tasks"][task]["token"] for r in some]) >= 0.99]
@@ -205,12 +214,11 @@ def report(out):
 
     figure, (ax,), colors = scaling.canvas(1, 1, figsize=(8, 3.5))
     for i, (part, marker, color) in enumerate(zip(parts, "osD", colors(3))):
-        found = [ranks(score, value(title, part)) for title in runs if len(runs[title]) >= 4]
-        if found:
-            rho, low, high = np.array([[r[k] for k in ("rho", "low", "high")] for r in found]).T
-            x = np.arange(len(rho)) + i / 10
-            ax.plot(x, rho, marker, color=color, label=part)
-            ax.vlines(x, low, high, color=color)
+        found = [ranks(score, value(rows, part)) for rows in runs.values()]
+        rho, low, high = np.array([[r[k] for k in ("rho", "low", "high")] for r in found]).T
+        x = np.arange(len(rho)) + i / 10
+        ax.plot(x, rho, marker, color=color, label=part)
+        ax.vlines(x, low, high, color=color)
     ax.set(xticks=range(len(runs)), xticklabels=runs, xlim=(-0.4, 2.8), ylim=(-1, 1),
            xlabel="FLOPs of a run, text", ylabel="Spearman's rho with the hard score")
     ax.axhline(0, color="k", lw=0.5)
