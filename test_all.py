@@ -43,6 +43,12 @@ def signals_as_in_a_terminal():
         if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
             signal.signal(getattr(signal, name), signal.SIG_DFL)
 
+HERE = Path(model.__file__).parent
+
+def script(*words, cwd=HERE, **env):
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
+                          cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
 RECALL, FUZZY, NOISY, COPYING, COMPRESSION, MEMORIZATION, *_ = tasks.TASKS
 
 def tasks_setting(task, **change):
@@ -167,11 +173,8 @@ def test_ceiling_of_memorization():
                    for n, split in ((256, "train"), (1280, "test")))
     assert abs(np.isin(test, train).mean() - tasks.ceiling(hard[-1])) < 0.015
 
-def tasks_run(*args, **options):
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
-
 def test_the_file_shows_each_task():
-    done = tasks_run(tasks.__file__)
+    done = script("tasks.py")
     assert done.stdout.count("oracle 1.000") == len(tasks.TASKS)
     done = subprocess.run(f"{sys.executable} {tasks.__file__} | head -1", shell=True,
                           capture_output=True, text=True)
@@ -183,9 +186,8 @@ def test_the_file_shows_each_task():
     ("sys.stderr.write('')", 0), ("raise tasks.UserError('no')", 2)])
 def test_how_a_program_ends(body, code):
     closed = {0: "sys.stderr = None", 2: "sys.stdout = None"}.get(code, "")
-    done = tasks_run("-c", f"import os, sys, tasks\n{closed}\ndef main():\n  {body}\n"
-                     "tasks.run_main(main)", cwd=Path(tasks.__file__).parent,
-                     env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    done = script("-c", f"import os, sys, tasks\n{closed}\ndef main():\n  {body}\n"
+                  "tasks.run_main(main)", PYTHONIOENCODING="ascii")
     assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1)
     assert done.stderr == "error: no\n" or code != 2
 
@@ -677,7 +679,6 @@ def test_museum_a_parent_that_initialises_everything_overwrites_mambas_dt():
             torch.nn.init.zeros_(p)
     assert dt().min() > 0.69                             # a memory of one token instead of 1000
 
-HERE = Path(model.__file__).parent
 
 # ==== model.py ===================================================================================
 
@@ -727,14 +728,13 @@ def test_patterns_are_read_and_mistakes_refused():
 
 def test_an_autoencoder_answers_from_its_last_position_alone():
     net = small("mh-attention swiglu", backbone="autoencoder")
-    x = net.embed(torch.randint(16, (1, 12)))
     code = torch.randn(1, 12, 32)
     net.blocks = torch.nn.ModuleList()
     net.embed = torch.nn.Embedding.from_pretrained(torch.cat((code[0], torch.zeros(4, 32))))
     tokens = torch.arange(12)[None]
     other = tokens.flip(1).clone()
     other[0, -1] = tokens[0, -1]
-    assert x.shape == (1, 12, 32) and torch.equal(net(tokens), net(other))
+    assert torch.equal(net(tokens), net(other))
     with pytest.raises(UserError):
         net.generate(tokens, 1)
 
@@ -854,10 +854,6 @@ def parameters(folder):
     saved = model.load_checkpoint(Path(folder) / "ckpt.pt")
     return {k: v.numpy().tobytes() for k, v in saved["model"].items()}
 
-def script(*words, cwd=None, **env):
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
-                          cwd=cwd or HERE, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-
 @pytest.fixture
 def runs(monkeypatch, one_thread):
     """Small tests."""
@@ -881,8 +877,9 @@ def test_the_hybrid_learns_recall_and_the_run_is_recorded(tmp_path, runs):
     assert {"loss", "lr", "gradient_norm", "tokens_per_s"} <= lines[0].keys()
     assert lines[-1]["test_accuracy"] == r["test_accuracy"]
     assert json.loads((folder / "result.json").read_text())["steps"] == r["steps"]
-    best, _ = model.load_run(folder), (folder / "best.pt").stat()
-    assert sum(p.numel() for p in best[0].parameters()) == r["parameters"]
+    best = model.load_checkpoint(folder / "best.pt")
+    assert sum(v.numel() for v in best["model"].values()) >= r["parameters"]
+    assert best["best"]["score"] == r["best"]["score"]
 
 @pytest.mark.parametrize("options", [{}, dict(task="compression", arch="mamba"),
                                      dict(task="text", context=16, seq_len=None, num_train=None)],
@@ -963,9 +960,9 @@ def test_a_folder_is_one_run(tmp_path, monkeypatch, runs):
 
 def test_divergence_is_one_line_and_the_checkpoint_stays_good(tmp_path, runs):
     with pytest.raises(train.Diverged, match="step .*learning rate 1.0e\\+06"):
-        run(tiny(tmp_path, lr=1e6, steps=400, clip=None, layers="mlp mlp", seq_len=8))
-    for path in tmp_path.glob("*/ckpt.pt"):
-        assert all(v.isfinite().all() for v in model.load_checkpoint(path)["model"].values())
+        run(tiny(tmp_path, lr=1e6, steps=400, eval_every=1, clip=None, layers="mlp mlp", seq_len=8))
+    path, = tmp_path.glob("*/ckpt.pt")
+    assert all(v.isfinite().all() for v in model.load_checkpoint(path)["model"].values())
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ here")
 def test_a_compiled_run_learns_the_same_and_is_shared(tmp_path, runs):
@@ -984,12 +981,11 @@ def test_a_compiled_run_learns_the_same_and_is_shared(tmp_path, runs):
 TEXT = dict(task="text", arch="hybrid", dim=32, context=32, batch_size=8, steps=60, dtype="float32",
             compile="off", data=str(HERE / "README.md"))
 
-def test_text_is_learned_tested_and_written(tmp_path, capsys, runs):
+def test_text_is_learned_tested_and_written(tmp_path, runs):
     r = run(Config(out=str(tmp_path), lr=3e-3, **TEXT))
     assert 1.5 < r["val_loss"] < 4.5 < math.log(256)
     assert r["bits_per_byte"] == pytest.approx(r["val_loss"] / math.log(2))
-    print(model.sample(r["folder"], "The ", n=20))
-    assert capsys.readouterr().out.startswith("The ")
+    assert model.sample(r["folder"], "The ", n=20).startswith("The ")
     config = train.check(Config(out=str(tmp_path), **TEXT))
     assert os.path.isabs(config.data)                           # resumed from any folder
 
@@ -1150,10 +1146,11 @@ def test_the_readmes_layer_works_as_pasted(tmp_path):
     assert done.returncode == 0 and "test accuracy" in done.stdout, done.stderr
 
 def test_readme_names_only_options_and_files_that_exist():
-    helps = {name: script(f"{name}.py", "-h").stdout for name in ("train", "layers", "model")}
-    for name, words in re.findall(r"python (train|layers|model)\.py ([^`\n#]*)", README):
-        for option in re.findall(r"--[a-z-]+", words):
-            assert option in helps[name], (name, option)
+    text = README.replace("\\\n", "").replace("scaling.py ", "scaling.py_")
+    for name in ("train.py", "layers.py", "model.py", "scaling.py_sweep", "scaling.py_plot"):
+        known = re.findall(r"--[\w-]+", script(*name.split("_"), "-h").stdout)
+        for words in re.findall(rf"python {name} ([^`\n#]*)", text):
+            assert {*re.findall(r"--[a-z][\w-]*", words)} <= {*known}, words
     for path in re.findall(r"\b(?:results|assets)/[\w./-]*\w", README):
         assert (HERE / path).exists(), path
 
@@ -1194,7 +1191,7 @@ def test_scaling_law_without_noise_is_recovered(fit, law):
 
 def test_scaling_recorded_sweep_is_fitted_as_published():
     """The sum of Huber losses, by a loop, rises all around; figures of another implementation."""
-    archs = scaling.read_runs(Path(scaling.__file__).parent / "results" / "sweep.csv")
+    archs = scaling.read_runs(HERE / "results" / "sweep.csv")
     N, D, loss, *_ = archs["transformer"]
     huber, squares = (FITS[k](N, D, loss, bootstrap=0) for k in ("parametric", "projection"))
     cost = lambda r: r * r / 2 if r <= 1e-3 else 1e-3 * (r - 1e-3 / 2)
@@ -1245,7 +1242,8 @@ def test_scaling_intervals_cover(method, name):
     N, D = isoflop_sizes(sizes=5)
     truth = getattr(FITS[method](N, D, scaling_law(N, D, **LAW), bootstrap=0), name)
     fits = [FITS[method](N, D, noisy_losses(N, D, seed), bootstrap=60) for seed in range(20)]
-    assert 16 <= sum(f.intervals[name][0] <= truth <= f.intervals[name][1] for f in fits)
+    low, high = np.transpose([f.intervals[name] for f in fits])
+    assert 16 <= ((low <= truth) & (truth <= high)).sum() and np.median(high - low) < 0.2
     draws = scaling.resample(np.arange(8.0), np.tile([-1.0, 1.0], 4), 4, 4000, 0)
     assert draws.std(0) == pytest.approx([math.sqrt(2)] * 8, rel=0.05)      # n / (n - parameters)
 
@@ -1296,7 +1294,6 @@ def test_scaling_commands(tmp_path, capsys):
     scaling.main(["compare", path, "--json", *mad])
     text, note = capsys.readouterr()
     assert [row["rho"] for row in json.loads(text)["budgets"]] == [-1, -1] and "b has 2" in note
-    pytest.importorskip("matplotlib")
     for options in ([], mad):
         scaling.main(["plot", path, "--out", str(image), *options])
         assert int.from_bytes(image.read_bytes()[16:20], "big") == 800         # pixels wide
