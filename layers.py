@@ -1,5 +1,5 @@
 """
-What a layer is: every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17844), one a screen.
+What a layer is: every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17844), on a screen.
 
 Three families mix tokens: softmax attention; long convolutions under a gate; and one gated linear
 recurrence, of which linear attention, GLA, RWKV and, a channel at a time, Mamba are special cases.
@@ -160,7 +160,7 @@ def linear_scan(a, b):
     return scan(a, b, torch.zeros_like(b[:, 0]))[0]
 
 # -------------------------------------------------------------------------------------------------
-#   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,     y_t = C_t . h_t          (a state of N a channel)
+#   h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,     y_t = C_t . h_t           (N states per channel)
 # A, B and C have the names of Mamba's paper; in shapes B is the batch and C the channels.
 
 def selective_step(h, x, dt, A, B, C):
@@ -220,7 +220,7 @@ def decayed_scores(q, k, log_a):
     from s in the first to t in the second the decay is that from s to the middle times that from
     the middle to t. Both are at most 1, and all such scores are one matrix product."""
     C = q.shape[-2]
-    if log_a.shape[-1] == 1:       # one decay a head: for each pair the sum of logs, s < i <= t
+    if log_a.shape[-1] == 1:       # one decay per head: for each pair the sum of logs, s < i <= t
         steps = log_a.expand(*log_a.shape[:-1], C).tril(-1).cumsum(-2)        # (.., t, s)
         return (q @ k.mT) * steps.exp().tril(), log_a.cumsum(-2), steps[..., -1, :, None]
     if C == 1:
@@ -584,12 +584,12 @@ class Hyena(Layer):
         return self.readout(y, x), (tail, history)
 
     def mixing_flops(self, T):
-        """Short convolutions 6 a tap; a channel FFTs 10 log2 T, skip and gates (appendix)."""
+        """Short convolutions 6 per tap; per channel FFTs 10 log2 T, skip and gates (appendix)."""
         short = 6 * self.short.taps.numel() // 3
         return int(T * (short + self.channels * (10 * math.log2(max(T, 2)) + self.gate_flops)))
 
 def toeplitz_attention_reference(q, k, v, h):
-    """q, k (B, H, T, K), v (B, H, T, V), one filter a head h (H, T) -> (B, H, T, V)."""
+    """q, k (B, H, T, K), v (B, H, T, V), a filter per head h (H, T) -> (B, H, T, V)."""
     q, k, v, h = map(upcast, (q, k, v, h))
     ys = []
     for t in range(q.shape[2]):
@@ -637,11 +637,11 @@ class MultiHeadHyena(Hyena):
 
 # ============ One gated linear recurrence: S_t = diag(a_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t ==
 #   linear attention   a = 1, divided by the sum of weights
-#   GLA                a_t from x_t, one a key channel
-#   RWKV-5             a fixed, one a key channel; reads S_{t-1} with a bonus for the present token
+#   GLA                a_t from x_t, one per key channel
+#   RWKV-5             a fixed, one per key channel; reads S_{t-1}, a bonus for the present token
 #   RWKV-6             the same with a_t from x_t
 #   RWKV-7, DeltaNet   the delta rule: before v_t is written, what k_t reads is removed
-#   Mamba-2            a_t from x_t, one a head; q_t and k_t the same for all heads
+#   Mamba-2            a_t from x_t, one per head; q_t and k_t the same for all heads
 #   Mamba              a channel is a head with K = N, V = 1: a_t = exp(dt_t A), k_t = dt_t B_t,
 #                      v_t = x_t, q_t = C_t
 
@@ -678,7 +678,7 @@ class GatedLinearRecurrence(Layer):
         return self.out(y)[:, 0], [S] + [window[:, 1:]] * len(earlier)
 
     def mixing_flops(self, T):
-        """Per element of S: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2. 2 a tap."""
+        """Per element of S: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2. 2 per tap."""
         taps = sum(m.taps.numel() for m in self.modules() if isinstance(m, ShortConv))
         elements = self.heads * self.width * (self.inner // self.heads + self.extra)
         return T * (self.state_flops * elements + 2 * taps)
@@ -827,7 +827,7 @@ class RWKV7(RWKV5):
 
 class DeltaNet(GatedLinearRecurrence):
     """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T;  y_t = norm(S_t^T q_t) W_o
-    with a = 1 (Yang et al. 2024, DeltaNet); or, gated, a_t = sigmoid(x_t w)^A, one a head, and
+    with a = 1 (Yang et al. 2024, DeltaNet); or, gated, a_t = sigmoid(x_t w)^A, one per head, and
     norm(..) * silu(x_t W_g) (Yang et al. 2024, Gated DeltaNet). q, k, v pass a short convolution
     and SiLU, q and k are normalised, b is a sigmoid.  Args: heads H; gated: 0 or 1."""
     reads, delta_rule, state_flops = 3, True, 9
@@ -855,7 +855,7 @@ class DeltaNet(GatedLinearRecurrence):
 
 class Mamba2(GatedLinearRecurrence):
     """S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T;  y_t = norm((S_t^T C_t + D x_t) * silu(z_t)) W_o
-    (Dao & Gu 2024.) Mamba with one decay a head, and so GLA with k = B, q = C (one for all heads),
+    (Dao & Gu 2024.) Mamba with one decay per head: GLA with k = B, q = C (one for all heads),
     v = dt x. x, B, C pass a short convolution.  Args: expand: H V over D; state K; heads H."""
     reads = 3
 
@@ -927,7 +927,7 @@ class Mamba(Layer):
         return self.readout(y, x, z), (tail, h)
 
     def mixing_flops(self, T):
-        """A channel: 2 a tap, 7 an element of h (discretise 3, recur 2, read 2), dt, D and z 4."""
+        """Per channel: 2 a tap, 7 per element of h (discretise 3, recur 2, read 2), dt, D and z 4."""
         return T * self.inner * (2 * self.short.taps.shape[1] + 7 * self.state + 4)
 
 # ============= Channel mixers: each token by itself (RWKV's also reads the one before) ============
@@ -957,7 +957,7 @@ class MoE(Layer):
     """y = sum over the chosen experts e of gate_e (gelu(x W_1e) * x W_2e) W_3e
     All experts are computed, in two wide products, and gates of 0 take out those not chosen: with
     experts so small that takes less time than to sort tokens by expert. FLOPs are of the chosen.
-    Args: experts E; width W of an expert; top_k experts a token."""
+    Args: experts E; width W of an expert; top_k experts per token."""
     def __init__(self, dim, max_len, experts=8, width=16, top_k=2):
         super().__init__()
         self.router = Router(dim, experts, top_k)

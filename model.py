@@ -204,7 +204,7 @@ Entry = namedtuple("Entry", "name parameters state nominal flops")
 
 @torch.no_grad()
 def ledger(model, T):
-    """One Entry a layer, then one for embedding, norms and unembedding (or decoder)."""
+    """One Entry per layer, then one for embedding, norms and unembedding (or decoder)."""
     count = lambda module: sum(p.numel() for p in module.parameters())
     rows, x = [], model.embed.weight[:1]                                      # (1, D)
     for block in model.blocks:

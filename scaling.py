@@ -5,7 +5,7 @@ A run is a row of a CSV: N, D, loss, and optionally C, arch, state. From runs at
 file finds the best size for each, the law that the loss follows, and whether MAD scores rank
 architectures as their losses do (section 4 of the MAD paper, arXiv 2403.17844).
 
-  N  parameters                     L  loss, nats a token    a, b   N* ~ C^a, D* ~ C^b
+  N  parameters                     L  loss, nats per token  a, b   N* ~ C^a, D* ~ C^b
   D  training tokens                P  perplexity, exp(L)    E, A, B, alpha, beta:
   C  training FLOPs, 6ND by default M  total state               L = E + A/N^alpha + B/D^beta
   *  at the best size for a budget  S  problems solved at once (starting points, resamples)
@@ -455,7 +455,7 @@ def plot(archs, scores):
         for (arch, loss), marker, color in zip(row["loss"].items(), MARKERS, shades(row["n"])):
             axes[0].plot(scores[arch], loss, marker, color=color, label=arch)
         axes[0].set(title="{C:.1g} FLOPs: Spearman {rho:.2f}, p {p:.2g}, n {n}".format(**row),
-                    xlabel="MAD or quick score", ylabel="loss at the optimum, nats a token")
+                    xlabel="MAD or quick score", ylabel="loss at the optimum, nats per token")
         figure.legend(loc="outside right upper", fontsize=8)
         return figure
     for (arch, runs), marker, ax in zip(archs.items(), MARKERS, axes):
@@ -472,7 +472,7 @@ def plot(archs, scores):
         ax.set(title=f"{arch}, + optimum", xlabel="parameters N")
     axes[-1].set(title="all runs and optima", xlabel="training compute C, FLOPs")
     for ax in axes:
-        ax.set(xscale="log", ylabel="loss, nats a token")
+        ax.set(xscale="log", ylabel="loss, nats per token")
         ax.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))       # below
     return figure
 
@@ -501,7 +501,7 @@ def pattern_at(arch, width, depth):
 def isoflop_runs(args, vocab):
     """
     A dict for each run of at least 50 steps. Our rules: at N* a parameter has 20 tokens (60 below
-    1e15 FLOPs), tokens a step grow as C^(1/3), and learning rates fall as width^-1/2.
+    1e15 FLOPs), tokens per step grow as C^(1/3), and learning rates fall as width^-1/2.
     """
     runs, T = [], args.context
     period = int(np.lcm.reduce([2, *(len(parse_pattern(arch)) for arch in args.archs)])) // 2
@@ -586,7 +586,7 @@ def parse_args(argv):
             (both, "--sizes", dict(type=int, default=7, help="models a budget")),
             (both, "--depth", dict(type=int, help="blocks of every model, instead of by width")),
             (both, "--lr", dict(type=float, default=1.0, help="factor of all learning rates")),
-            (both, "--batch", dict(type=int, help="sequences a step, instead of by budget")),
+            (both, "--batch", dict(type=int, help="sequences per step, instead of by budget")),
             (both, "--context", dict(type=int, help="tokens a sequence")),
             (both, "--tokenizer", dict(help="bytes, or one of tiktoken's")),
             (both, "--seed", dict(type=int, default=0, help="of parameters and data")),

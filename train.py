@@ -11,7 +11,7 @@ How a model learns: one run of one task, from the command line to a folder of re
 Protocol (Poli et al. 2024, appendix): AdamW with betas (0.9, 0.98), cosine decay to 1e-6, no
 warmup, no clipping, batch 128, 200 epochs (here 32 and 1: enough to see what an architecture does).
 
-A run's folder, out/NAME/, holds config.json, log.jsonl (a JSON object a line), ckpt.pt, best.pt
+A run's folder, out/NAME/, holds config.json, log.jsonl (a JSON object per line), ckpt.pt, best.pt
 (the best test's) and result.json. A run stopped at any moment goes on by the same command, or by
 --resume FOLDER, and on a CPU it ends with the same parameters, bit for bit.
 """
@@ -78,7 +78,7 @@ class Config:
     dim: int = option(128, "width D of the model", low=1)
     epochs: int | None = option(None, "passes over a MAD task's data (None: 1)", low=1)
     steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
-    batch_size: int = option(32, "sequences a step (the paper: 128)", low=1)
+    batch_size: int = option(32, "sequences per step (the paper: 128)", low=1)
     lr: float = option(2e-3, "peak learning rate (the paper: 1e-4 5e-4 1e-3)", low=0)
     weight_decay: float = option(0.1, "of AdamW (the paper: 0 0.1)", low=0)
     beta2: float = option(0.98, "AdamW's second beta", low=0, high=1)
@@ -556,7 +556,7 @@ def print_summary(r):
         if key.endswith(("accuracy", "loss", "chance", "per_byte")) and value is not None:
             print(f"{key.replace('_', ' '):<17}{value:.4f}")
     print(f"steps            {r['steps']:,} ({r['ended']}), {r['train_flops']:.1e} FLOPs\n"
-          f"time             {r['wall_s']:.0f} s, {r['tokens_per_s']:,} tokens a second\n"
+          f"time             {r['wall_s']:.0f} s, {r['tokens_per_s']:,} tokens per second\n"
           f"saved in         {r['folder']}\n\nnext: another architecture, and what the layers mix\n"
           f"  python train.py --arch transformer --task {r['config']['task']}   (or mamba ..)\n"
           f"  python model.py --show {r['folder']}")
