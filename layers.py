@@ -927,7 +927,7 @@ class Mamba(Layer):
         return self.readout(y, x, z), (tail, h)
 
     def mixing_flops(self, T):
-        """Per channel: 2 a tap, 7 per element of h (discretise 3, recur 2, read 2), dt, D and z 4."""
+        """Per channel: 2 a tap, 7 an element of h (discretise 3, recur 2, read 2), dt, D, z 4."""
         return T * self.inner * (2 * self.short.taps.shape[1] + 7 * self.state + 4)
 
 # ============= Channel mixers: each token by itself (RWKV's also reads the one before) ============

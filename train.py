@@ -556,7 +556,7 @@ def print_summary(r):
         if key.endswith(("accuracy", "loss", "chance", "per_byte")) and value is not None:
             print(f"{key.replace('_', ' '):<17}{value:.4f}")
     print(f"steps            {r['steps']:,} ({r['ended']}), {r['train_flops']:.1e} FLOPs\n"
-          f"time             {r['wall_s']:.0f} s, {r['tokens_per_s']:,} tokens per second\n"
+          f"time             {r['wall_s']:.0f} s, {r['tokens_per_s']:,} tokens a second\n"
           f"saved in         {r['folder']}\n\nnext: another architecture, and what the layers mix\n"
           f"  python train.py --arch transformer --task {r['config']['task']}   (or mamba ..)\n"
           f"  python model.py --show {r['folder']}")
