@@ -150,7 +150,7 @@ def vertex(runs):
 @np.errstate(all="ignore")                # a resample's optimum may be NaN, or out of sight
 def fit_isoflop(N, D, loss, C=None, state=None, target=None, bootstrap=1000, seed=0):
     """
-    N* ~ C^a, D* ~ C^b, L* ~ C^-loss_exponent, from a parabola a budget (approach 2 of Hoffmann et
+    N* ~ C^a, D* ~ C^b, L* ~ C^-loss_exponent, from a parabola per budget (approach 2 of Hoffmann et
     al. 2022, arXiv 2203.15556), their mean curvature, and the optimum at target, the largest budget
     if None. N, D, loss, C (6ND if None), state: (n,). UserError for fewer than two optima.
     """
@@ -324,7 +324,7 @@ def analyse(runs, target=None, bootstrap=1000):
     return result
 
 def compare(scores, archs):
-    """A row a budget: rank correlation of {arch: score} with the best losses of {arch: Runs}."""
+    """A row per budget: rank correlation of {arch: score} with the best losses of {arch: Runs}."""
     tops, rows = [(arch, vertex(archs[arch].take(group))) for arch in archs if arch in scores
                   for group in budget_groups(archs[arch].C)], []
     for group in budget_groups(np.array([top["C"] for _, top in tops])):
@@ -339,7 +339,7 @@ def compare(scores, archs):
 
 # -- Files, table, plots ---------------------------------------------------------------------------
 PUBLISHED = Path(__file__).parent / "results" / "mad" / "published.csv"
-MARKERS = "osD^vP*X<>phd8" * 3          # an architecture each
+MARKERS = "osD^vP*X<>phd8" * 3          # one per architecture
 
 def read_csv(path, texts, floats):
     """The rows of a CSV file, which has these columns of texts and of floats, as dicts."""
