@@ -87,7 +87,7 @@ def renamed(out, arch):
     sweep(f"{out}/renamed", arch, LARGE, 48, 4, best_rate(out, arch), "--data", f"{out}/names")
 
 def hard(out, arch, seed):
-    train.mad_score(arch, "hard", train.Config(out=out, seed=seed, device="cpu", compile="off"))
+    train.mad_score(arch, "hard", train.Config(out=out, seed=seed, device="cpu"))
 
 def go(out, arch):
     """One run of width 48 with 16 tests: does the loss on recall tokens fall?"""
@@ -166,8 +166,7 @@ RECALL = [task for task in tasks.TASKS if "recall" in task]
 
 def report(out):
     parts = ["loss", "recall_loss", "other_loss"]
-    records, score = ({key.split()[0]: value for key, value in part.items()}  # no "compile=off"
-                      for part in scaling.read_scores(f"{out}/scores/hard"))
+    records, score = scaling.read_scores(f"{out}/scores/hard")
     recall = {arch: np.mean([r["tasks"][task]["macro"] for r in some for task in RECALL])
               for arch, some in records.items()}
     runs = {"1e12": best_runs(out, SMALL), "1.5e13": best_runs(out, LARGE),
