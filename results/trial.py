@@ -99,8 +99,8 @@ def go(out, arch):
 
 PLAN = [*((go, arch) for arch in ("transformer", "conv-transformer", "hybrid")),
         *((small, arch) for arch in ARCHS), *((large, arch, 0) for arch in ARCHS),
-        *((hard, arch, 0) for arch in ARCHS), *((hard, arch, 1) for arch in ARCHS),
-        *((renamed, arch) for arch in ARCHS), *((large, arch, 1) for arch in ARCHS)]
+        *((hard, arch, 0) for arch in ARCHS), *((renamed, arch) for arch in ARCHS),
+        *((large, arch, 1) for arch in ARCHS), *((hard, arch, 1) for arch in ARCHS)]
 
 def work(job):
     torch.set_num_threads(1)
