@@ -635,7 +635,7 @@ def test_benchmark_shows_every_layer(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", "layers.py --layers mlp,mh-attention --shape 1 16 32".split())
     layers.main()
     out = capsys.readouterr().out
-    assert "y = gelu(x W_1) W_2\nmlp" in out and out.count("its loop") == 1      # a token by itself has none
+    assert "y = gelu(x W_1) W_2\nmlp" in out and out.count("its loop") == 1
     monkeypatch.setattr(layers, "time_layer", mock.Mock(side_effect=RuntimeError("no memory")))
     layers.main()                                        # a failing row says so, the others go on
     assert capsys.readouterr().out.count("no memory") == 3
