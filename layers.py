@@ -1,5 +1,5 @@
 """
-What a layer is: every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17844), on a screen.
+What a layer is: every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17844), one a screen.
 
 Three families mix tokens: softmax attention; long convolutions under a gate; and one gated linear
 recurrence, of which linear attention, GLA, RWKV and, a channel at a time, Mamba are special cases.
@@ -638,7 +638,7 @@ class MultiHeadHyena(Hyena):
 # ============ One gated linear recurrence: S_t = diag(a_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t ==
 #   linear attention   a = 1, divided by the sum of weights
 #   GLA                a_t from x_t, one per key channel
-#   RWKV-5             a fixed, one per key channel; reads S_{t-1}, a bonus for the present token
+#   RWKV-5             a fixed, one per key channel; reads S_{t-1} and a bonus for the present
 #   RWKV-6             the same with a_t from x_t
 #   RWKV-7, DeltaNet   the delta rule: before v_t is written, what k_t reads is removed
 #   Mamba-2            a_t from x_t, one per head; q_t and k_t the same for all heads
@@ -1107,8 +1107,8 @@ def benchmark(args, B, T, D):
           f"{'fwd ms':>9}{'fwd+bwd':>10}{'units':>8}{'of rate':>8}{'peak MB':>9}")
     for name, layer in layers.items():
         print(f"\n{(inspect.getdoc(layer) or name).splitlines()[0]}")
-        flops, recurrent = layer.flops(T) * B, layer.nominal(T) > D           # or attention
-        loops = args.loops and not args.compile and recurrent
+        flops = layer.flops(T) * B
+        loops = args.loops and not args.compile and layer.nominal(T) > D      # others have none
         if args.compile:
             layer.compile(dynamic=False)
         for title, replaced in [(name, {}), ("  its loop", LOOPS)][:1 + loops]:

@@ -155,7 +155,7 @@ class Model(nn.Module):
 def decayed(model):
     """
     The parameters that get weight decay: matrices that multiply activations, and the embedding. Not
-    norms, biases, filters (an implicit one's MLP reads times), Mamba's A and D, RWKV's mixtures.
+    norms, biases, filters (an implicit one's MLP reads times), Mamba's A and D, RWKV's vectors, mix_up.
     """
     in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
     return [m.weight for m in model.modules()
@@ -185,7 +185,7 @@ def load_run(folder, device="cpu"):
     return model, saved
 
 def sample(folder, prompt, n=200, device="cpu", seed=0):
-    """The prompt and the n tokens that the model in a run's folder writes after it, as text."""
+    """The prompt and n tokens that a run's model writes after it. UserError without a prompt."""
     if not prompt:
         raise UserError("--prompt is empty; give a character or more")
     model, saved = load_run(folder, device)

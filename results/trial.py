@@ -163,17 +163,27 @@ def best_runs(out, budget, seed="0"):
     return {arch: min(some, key=lambda row: row["loss"]) for arch, some in found.items() if some}
 
 RECALL = [task for task in tasks.TASKS if "recall" in task]
+PARTS = ["loss", "recall_loss", "other_loss"]
+
+def value(rows, part):
+    """{arch: a loss}; a run that has diverged has no row, and ranks last."""
+    return {arch: rows[arch][part] if arch in rows else math.inf for arch in ARCHS}
 
 def report(out):
-    parts = ["loss", "recall_loss", "other_loss"]
     records, score = scaling.read_scores(f"{out}/scores/hard")
     recall = {arch: np.mean([r["tasks"][task]["macro"] for r in some for task in RECALL])
               for arch, some in records.items()}
     runs = {"1e12": best_runs(out, SMALL), "1.5e13": best_runs(out, LARGE),
             "1.5e13, renamed": best_runs(f"{out}/renamed", LARGE)}
-    again = best_runs(out, LARGE, "1")
-    # A run that has diverged has no row: it ranks last.
-    value = lambda rows, part: {a: rows[a][part] if a in rows else math.inf for a in ARCHS}
+    print_tests(score, recall, records, runs, best_runs(out, LARGE, "1"))
+    print_table(score, recall, runs)
+    hours = sum(row["seconds"] for path in Path(out).rglob("runs.csv")
+                for row in scaling.read_csv(path, [], ["seconds"])) / 3600
+    print(f"\n{hours:.1f} hours of one thread in the runs of text")
+    plot(score, runs)
+
+def print_tests(score, recall, records, runs, again):
+    """The registered correlations; how far the second seed's runs, `again`, are from the first's."""
     last = runs["1.5e13"]
     tests = {
         "primary: hard score, loss at 1.5e13": (score, value(last, "loss")),
@@ -182,7 +192,7 @@ def report(out):
             (recall, value(runs["1.5e13, renamed"], "recall_loss")),
         "baseline: loss at 1e12, at 1.5e13": (value(runs["1e12"], "loss"), value(last, "loss")),
         "its recall part": (value(runs["1e12"], "recall_loss"), value(last, "recall_loss"))}
-    for part in parts:
+    for part in PARTS:
         tests[f"noise: {part} at 1.5e13, two seeds"] = value(last, part), value(again, part)
     found = [ranks(x, y) for x, y in tests.values()]
     for title, test in zip(tests, found):
@@ -191,7 +201,7 @@ def report(out):
     p = [test["p"] for test in found[:2]]
     print("p by Holm's correction: " + ", ".join(
         f"{min(1, max(2 * min(p), one)):.2g} ({name})" for name, one in zip(tests, p)))
-    for part in parts:
+    for part in PARTS:
         gaps = [abs(last[arch][part] - again[arch][part]) for arch in last if arch in again]
         print(f"{part} of two seeds: {np.mean(gaps):.3f} nats apart; the architectures' standard "
               f"deviation: {np.std([row[part] for row in last.values()]):.3f}")
@@ -199,11 +209,9 @@ def report(out):
         solved = [arch for arch, some in records.items()
                   if np.mean([r["tasks"][task]["token"] for r in some]) >= 0.99]
         print(f"{task}: solved by {len(solved)} of {len(records)}: {' '.join(solved)}")
-    hours = sum(row["seconds"] for path in Path(out).rglob("runs.csv")
-                for row in scaling.read_csv(path, [], ["seconds"])) / 3600
-    print(f"{hours:.1f} hours of one thread in the runs of text")
 
-    columns = [(rows, part, f"{title}: {part}") for title, rows in runs.items() for part in parts]
+def print_table(score, recall, runs):
+    columns = [(rows, part, f"{title}: {part}") for title, rows in runs.items() for part in PARTS]
     print("\n| architecture | hard score | recall part |", *(f"{title} |" for *_, title in columns))
     print("|---" * (3 + len(columns)) + "|")
     for arch in sorted(ARCHS, key=lambda arch: -score.get(arch, 0)):
@@ -211,8 +219,9 @@ def report(out):
         cells += [f"{rows[arch][part]:.3f}" if arch in rows else "" for rows, part, _ in columns]
         print("|", " | ".join([arch, *cells]), "|")
 
+def plot(score, runs):
     figure, (ax,), colors = scaling.canvas(1, 1, figsize=(8, 3.5))
-    for i, (part, marker, color) in enumerate(zip(parts, "osD", colors(3))):
+    for i, (part, marker, color) in enumerate(zip(PARTS, "osD", colors(3))):
         found = [ranks(score, value(rows, part)) for rows in runs.values()]
         rho, low, high = np.array([[r[k] for k in ("rho", "low", "high")] for r in found]).T
         x = np.arange(len(rho)) + i / 10
