@@ -155,7 +155,7 @@ class Model(nn.Module):
 def decayed(model):
     """
     The parameters that get weight decay: matrices that multiply activations, and the embedding. Not
-    norms, biases, filters (an implicit one's MLP reads times), Mamba's A and D, RWKV's vectors, mix_up.
+    norms, biases, filters (an implicit MLP reads times), Mamba's A, D, RWKV's vectors, mix_up.
     """
     in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
     return [m.weight for m in model.modules()

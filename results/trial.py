@@ -183,7 +183,7 @@ def report(out):
     plot(score, runs)
 
 def print_tests(score, recall, records, runs, again):
-    """The registered correlations; how far the second seed's runs, `again`, are from the first's."""
+    """The registered correlations; how far `again`, the second seed's runs, are from the first."""
     last = runs["1.5e13"]
     tests = {
         "primary: hard score, loss at 1.5e13": (score, value(last, "loss")),
