@@ -335,7 +335,7 @@ class Layer(nn.Module):
         return self(x[:, None])[:, 0], state
 
     def matmul_flops(self, T):
-        """Of the matrix products for one sequence; those that make a filter count with each."""
+        """Of the matrix products for one sequence, as if it alone paid for making the filter."""
         return sum(2 * T * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
     def mixing_flops(self, T):
@@ -435,7 +435,7 @@ def causal_attention(q, k, v, window=None):
         # Its fast forms want a head's channels contiguous in memory.
         return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v, is_causal=True)
     if window is not None:
-        rows = max(32, window)
+        rows = max(32, min(window, T))
         cut = lambda x: F.pad(x, (0, 0, 0, -T % rows)).unflatten(2, (-1, rows))
         both = lambda x: torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3)
         q, k, v = cut(q), both(cut(k)), both(cut(v))                          # (B, H, n, rows, K)
@@ -479,7 +479,7 @@ class Attention(Layer):
         self.state_shapes = [(heads, window or 0, dim // heads)] * 2
 
     def project(self, x, table):
-        """q, k, v (B, H, T, K), time last in memory."""
+        """q, k, v (B, H, T, K); in memory time lies last in q and k, channels in v."""
         q, k, v = self.qkv(x).mT.unflatten(1, (3, self.heads, -1)).unbind(1)  # (B, H, K, T)
         return rotate(q, table).mT, rotate(k, table).mT, v.mT
 
@@ -539,9 +539,9 @@ class ImplicitFilter(nn.Module):
 class Hyena(Layer):
     """q, k, v = short_conv(x W);  y = (q * (h conv (k * v))) W_o
     (Poli et al. 2023, section 3.1, order 2.)  Args: expand: inner width over D; the groups of D
-    channels share their projections (tied, paper appendix), not their filters. kernel: taps of the
+    channels share their projections (tied, as in mad-lab), not their filters. kernel: taps of the
     short convolution. order: width of the filter's MLP. experts, top_k: the inner channels are so
-    many narrow Hyenas, of which a token reads top_k (section 3: sparse parallel topology). All
+    many narrow Hyenas, of which a token reads top_k (MAD's sparse parallel topology). All
     convolve all tokens, since a later one may read any."""
     def __init__(self, dim, max_len, expand=4, kernel=3, order=4, experts=None, top_k=2):
         super().__init__()
@@ -620,7 +620,8 @@ class MultiHeadHyena(Hyena):
     def __init__(self, dim, max_len, heads=16, kernel=3, order=2):
         check_divides("heads", heads, dim)
         super().__init__(dim, max_len, 1, kernel, order)
-        self.heads, self.channels, self.gate_flops = heads, dim * dim // heads, 6
+        self.heads, self.channels = heads, dim * dim // heads
+        self.gate_flops = 6                              # skip 2, k (x) v 2, q . 2
         self.filter = ImplicitFilter(heads, max_len, order)
         self.state_shapes = [(kernel - 1, 3 * dim), (0, 2 * dim)]
         self.paper_state = order * self.channels
@@ -977,12 +978,12 @@ class MoE(Layer):
 
 class RWKVChannelMixer(Layer):
     """y = sigmoid(x_r W_r) * relu(x_k W_k)^2 W_v, with x_r and x_k mixtures of x_t and x_{t-1}
-    (Peng et al. 2024.) RWKV-5 writes them m x_t + (1 - m) x_{t-1}, RWKV-6 x_t + m (x_{t-1} - x_t),
-    which is the same; RWKV-7 has no sigmoid: receptance = 0.  Args: inner width; receptance."""
+    (Peng et al. 2024.) The mixture is x_t + m (x_{t-1} - x_t), as RWKV-6 writes it; RWKV-5's m is
+    1 minus this one; RWKV-7 has no sigmoid: receptance = 0.  Args: inner width; receptance."""
     def __init__(self, dim, max_len, inner=None, receptance=1):
         super().__init__()
         inner = inner or 4 * dim
-        self.mix = nn.Parameter((torch.arange(dim) / dim).repeat(1 + receptance, 1))
+        self.mix = nn.Parameter((torch.arange(dim) / dim).repeat(1 + bool(receptance), 1))
         self.k, self.v = linear(dim, inner), linear(inner, dim)
         self.r = linear(dim, dim) if receptance else None
         self.state_shapes, self.paper_state = [(dim,)], dim
@@ -1035,8 +1036,9 @@ def build_layer(name, dim, max_len, /, **overrides):
     for key, value in overrides.items():
         if key not in allowed:
             raise unknown(f"setting of {name}", key, allowed)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{name}({key}={value!r}): permitted: a whole number from 1 on")
+        least = 0 if key in ("gated", "receptance") else 1                    # 0 turns it off
+        if type(value) is not int or value < least:
+            raise UserError(f"{name}({key}={value!r}): permitted: a whole number from {least} on")
     return cls(dim, max_len, **{**settings, **overrides})
 
 # ============================ A look inside: which tokens a layer mixes ===========================
@@ -1108,7 +1110,7 @@ def benchmark(args, B, T, D):
     for name, layer in layers.items():
         print(f"\n{(inspect.getdoc(layer) or name).splitlines()[0]}")
         flops = layer.flops(T) * B
-        loops = args.loops and not args.compile and layer.nominal(T) > D      # others have none
+        loops = args.loops and not args.compile and layer.nominal(T) > D      # channel mixers: none
         if args.compile:
             layer.compile(dynamic=False)
         for title, replaced in [(name, {}), ("  its loop", LOOPS)][:1 + loops]:

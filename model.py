@@ -67,7 +67,8 @@ def parse_pattern(pattern):
               for name, settings, *_ in re.findall(layer, pattern)]
     for name, _ in layers:
         if name not in LAYERS:
-            raise unknown("architecture or layer", name, [*ARCHS, *LAYERS])
+            raise unknown("layer", name, LAYERS) if len(layers) > 1 else unknown(
+                "architecture or layer", name, [*ARCHS, *LAYERS])
     return layers
 
 # -------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class Model(nn.Module):
             logits, state = self.step(tokens[:, i], state)
             if i + 1 == tokens.shape[1]:                  # what was given has been read
                 logits, ids = logits.topk(min(top_k or M, M))                 # the largest first
-                logits = (logits - logits[:, :1]) / max(temperature, 1e-6)    # can't overflow
+                logits = (logits - logits[:, :1]) / max(temperature, 1e-30)   # at most 0
                 drawn = ids.gather(1, torch.multinomial(logits.softmax(-1), 1))
                 tokens = torch.cat((tokens, drawn), 1)
         return tokens
@@ -204,7 +205,7 @@ Entry = namedtuple("Entry", "name parameters state nominal flops")
 
 @torch.no_grad()
 def ledger(model, T):
-    """One Entry per layer, then one for embedding, norms and unembedding (or decoder)."""
+    """One Entry per layer with its norm, then one for embedding, decoder, norm, unembedding."""
     count = lambda module: sum(p.numel() for p in module.parameters())
     rows, x = [], model.embed.weight[:1]                                      # (1, D)
     for block in model.blocks:
