@@ -618,6 +618,7 @@ def test_rotary_positions_and_filters_fade():
 def test_mistakes_with_settings_name_them(name, dim, settings, named):
     with pytest.raises(UserError, match=named):
         build_layer(name, dim, 8, **settings)
+    assert build_layer("gated-deltanet", 128, 8, gated=0).gate is None        # a switch may be 0
 
 def test_mixing_shows_what_a_layer_reads(tmp_path, capsys):
     picture = lambda name: layers.mixing(layers_make(name), torch.randn(1, 40, WIDTH))
