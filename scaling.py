@@ -438,12 +438,15 @@ def plot_mixing(names):
     """How much each output t of untrained layers depends on each input s, on a log scale."""
     columns = max(c for c in range(1, 7) if len(names) % c == 0)         # so that no place is empty
     rows = len(names) // columns
-    figure, axes, _ = canvas(rows, columns, figsize=(2.4 * columns, 2.6 * rows))
+    figure, axes, _ = canvas(rows, columns, figsize=(4 / 3 * columns, 1.5 * rows))
+    figure.supxlabel("input s, 48 tokens")
+    figure.supylabel("output t")
     torch.manual_seed(0)
     for ax, name in zip(axes, names):
         matrix = mixing(build_layer(name, 128, 48), torch.randn(1, 48, 128))           # (T, T)
         ax.imshow(shade(matrix).tolist(), cmap="Greys")
-        ax.set(title=name, xlabel="input s", ylabel="output t")
+        ax.set_title(name, fontsize=7)
+        ax.set(xticks=[], yticks=[])
     return figure
 
 def plot(archs, scores):
