@@ -3,7 +3,7 @@ What small runs predict about large ones: scaling laws fitted to a table of trai
 
 A run is a row of a CSV: N, D, loss, and optionally C, arch, state. From runs at a few budgets this
 file finds the best size for each, the law that the loss follows, and whether MAD scores rank
-architectures as their losses do (section 4 of the MAD paper, arXiv 2403.17844).
+architectures as their losses do (the MAD paper, arXiv 2403.17844).
 
   N  parameters                     L  loss, nats per token  a, b   N* ~ C^a, D* ~ C^b
   D  training tokens                P  perplexity, exp(L)    E, A, B, alpha, beta:
@@ -285,7 +285,7 @@ def fit_law(objective, starts, N, D, loss, target, bootstrap, seed):
                     objective=float(huber(np.log(runs.loss / fitted)).sum()),
                     rss=float(((runs.loss - fitted) ** 2).sum()))
 
-# -- Findings (MAD paper, section 4) ---------------------------------------------------------------
+# -- Findings of the MAD paper ---------------------------------------------------------------------
 
 def fit_all(runs, **options):
     """Each method's Fit, or {"refused": why}, so that one refusal spares the others."""
@@ -392,11 +392,14 @@ def table(records, scores):
     """Markdown: accuracies in % averaged over classes, published ones beneath; how both rank."""
     cell = lambda values: (f"{100 * np.mean(values):.1f}"            # and half the range of seeds
                            + f" ±{50 * np.ptp(values):.1f}" * (len(values) > 1))
-    paper, preset = {}, next(iter(records.values()))[0]["preset"]
+    paper, preset = {}, next(iter(records.values()))[0].get("preset")
+    if not preset:
+        raise UserError("--mad: a table needs a folder of scores of train.py, not a CSV of means")
     title = f"{'MAD' if preset == 'full' else preset} score"
     lines = [["model", *TASKS, title, "of tokens", "state", "parameters"], ["---"] * 11]
     for arch, some in records.items():
-        costs = total(ledger(Model(some[0]["arch"], 16), 128))
+        width = some[0]["options"].get("dim", 128)
+        costs = total(ledger(Model(some[0]["arch"], 16, width), 128))
         lines += [[arch, *(cell([r["tasks"][task]["macro"] for r in some]) for task in TASKS),
                    cell([r["macro_mean"] for r in some]), cell([r["mean"] for r in some]),
                    f"{costs.nominal:,}", f"{costs.parameters:,}"]]
@@ -474,7 +477,9 @@ def plot(archs, scores):
         axes[-1].plot(*zip(*optima), "k-", marker=marker, mfc="none", label=arch)
         ax.set(title=f"{arch}, + optimum", xlabel="parameters N")
     axes[-1].set(title="all runs and optima", xlabel="training compute C, FLOPs")
-    for ax in axes:
+    for ax in axes[len(archs):-1]:
+        ax.remove()
+    for ax in figure.axes:
         ax.set(xscale="log", ylabel="loss, nats per token")
         ax.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))       # below
     return figure
@@ -499,7 +504,7 @@ def pattern_at(arch, width, depth):
             scaled["heads"] = width // (16 if width < 512 else 64)
         settings = ",".join(f"{key}={value}" for key, value in (scaled | given).items())
         words.append(f"{name}({settings})" if settings else name)
-    return " ".join((words * depth)[:2 * depth])
+    return " ".join((words * 2 * depth)[:2 * depth])
 
 def isoflop_runs(args, vocab):
     """
@@ -528,6 +533,8 @@ def isoflop_runs(args, vocab):
                 budget=C, width=width, depth=depth, batch=batch, steps=steps, seed=args.seed,
                 lr=round(args.lr * 0.024 / width ** 0.5, 6), context=T, tokenizer=args.tokenizer,
                 pattern=pattern)] * (steps >= 50)
+    if not runs:
+        raise UserError(f"no model trains 50 steps at --budgets {args.budgets}: give larger ones")
     return runs
 
 def sweep(args):
@@ -535,7 +542,7 @@ def sweep(args):
     text, path = load_text(args.data, args.tokenizer), Path(args.out) / "runs.csv"
     done = [[r[key] for key in KEY] for r in (read_csv(path, COLUMNS, ()) if path.exists() else ())]
     for run in tqdm(isoflop_runs(args, text.vocab_size), unit="run"):
-        run["data"] = text.name
+        run["data"] = f"{text.name} {text.sha256[:8]}"
         if [str(run[key]) for key in KEY] in done:
             continue
         config = Config(

@@ -203,7 +203,7 @@ def memorization(setting, draw, split, seed):
     return inputs, np.where(targets < 0, IGNORE, targets)
 
 def memorization_oracle(setting, inputs, seed):
-    """The map from keys to values belongs to setting and seed: both splits share it."""
+    """The map from keys to values, of setting and seed, of both splits; mad-lab's is one-to-one."""
     keys, values = halves(setting)
     facts = keys + dice(setting, seed, "facts")(values, -(-keys // BLOCK)).ravel()
     answers = np.full_like(inputs, -1)

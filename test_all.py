@@ -947,8 +947,11 @@ def test_a_signal_is_kept_and_its_repetition_interrupts():
 
 def test_a_folder_is_one_run(tmp_path, monkeypatch, runs):
     first = run(tiny(tmp_path, name="x"))
-    monkeypatch.setattr(train, "build", None)
-    assert run(tiny(tmp_path, name="x")) == first               # it has ended: nothing is built
+    monkeypatch.setattr(train, "one_step", None)
+    assert run(tiny(tmp_path, name="x")) == first               # it has ended: nothing is trained
+    with monkeypatch.context() as other_data, pytest.raises(UserError, match="data_sha256"):
+        other_data.setattr(tasks, "generate", lambda *a, f=tasks.generate: f(*a[:2], 9, "test"))
+        run(tiny(tmp_path, name="x"))
     with pytest.raises(UserError, match="lr is 0.002"):
         run(tiny(tmp_path, name="x", lr=4e-3))
     monkeypatch.setattr(train, "RESULTS_VERSION", -1)
@@ -1084,18 +1087,18 @@ MISTAKES = [
     ("train.py", "--frobnicate", "frobnicate"),
     ("train.py", "--arch mamba --layers hyena", "layers"),
     ("train.py", "--task mad --tasks text", "tasks"),
-    ("train.py", "--task mad --shard 3of2", "shard"),
+    ("train.py", "--task mad --arch mambo", "permitted"),
+    ("train.py", "--num-tokens-to-copy 8", "num-tokens-to-copy"),
     ("train.py", "--task mad --shard 2/2", "shard"),
     ("train.py", "--task mad --lr 3e-4", "lr"),
-    ("train.py", "--task mad --vocab-size 64", "vocab-size"),
     ("scaling.py", "sweep --archs hybird --out x", "hybrid"),
     ("scaling.py", "plan --sizes 0", "sizes"),
     ("scaling.py", "plan --archs hybrid --depth 3", "depth"),
     ("scaling.py", "fit none.csv", "none.csv"),
     ("scaling.py", "table", "mad"),
+    ("scaling.py", "plan --budgets 1e7", "budgets"),
     ("scaling.py", "curves none.jsonl --out x.png", "none.jsonl"),
     ("layers.py", "--layers hyenas", "hyena"),
-    ("layers.py", "--show hyenas", "hyena"),
     ("tasks.py", "--task recall", "task"),
     ("model.py", "hyber", "hyber"),
     ("model.py", "--show nothing", "nothing"),
@@ -1191,7 +1194,7 @@ def test_scaling_law_without_noise_is_recovered(fit, law):
     assert found.N_target == pytest.approx(sizes[losses.argmin()], rel=1e-3)
 
 def test_scaling_recorded_sweep_is_fitted_as_published():
-    """The sum of Huber losses, by a loop, rises all around; figures of another implementation."""
+    """The sum of Huber losses, by a loop, rises all around; figures of scipy's optimizers."""
     archs = scaling.read_runs(HERE / "results" / "sweep.csv")
     N, D, loss, *_ = archs["transformer"]
     huber, squares = (FITS[k](N, D, loss, bootstrap=0) for k in ("parametric", "projection"))
@@ -1202,8 +1205,8 @@ def test_scaling_recorded_sweep_is_fitted_as_published():
     assert huber.objective == pytest.approx(objective(law), rel=1e-9)
     assert all(objective(law * (1 + 1e-3 * draw(size=5))) > huber.objective for _ in range(50))
     assert [*law, huber.objective] == pytest.approx(
-        [1.320183, 54.3463, 434.958, 0.591166, 0.497825, 2.702297e-4], rel=1e-4)
-    assert (squares.E, squares.rss) == pytest.approx((1.228956, 2.429708e-2), rel=1e-4)
+        [0.956175, 5.997598, 187.7400, 0.286302, 0.426675, 1.853755e-4], rel=1e-4)
+    assert (squares.E, squares.rss) == pytest.approx((0.984447, 1.762095e-2), rel=1e-4)
 
 def test_scaling_parabolas_without_noise_are_recovered():
     N, D = isoflop_sizes(sizes=5)
