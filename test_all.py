@@ -740,8 +740,8 @@ def test_an_autoencoder_answers_from_its_last_position_alone():
         net.generate(tokens, 1)
 
 def test_generate_is_greedy_at_temperature_0_and_draws_from_top_k():
-    net = small()
-    tokens = torch.randint(16, (2, 3))
+    net, tokens = small(), torch.randint(16, (2, 3))
+    net.unembed.weight.data *= 1e-6                                           # nearly ties
     out = net.generate(tokens, 6, temperature=0)
     assert torch.equal(out[:, :3], tokens) and out.shape == (2, 9)
     assert torch.equal(out[:, 3:], net(out[:, :-1]).argmax(-1)[:, 2:])
@@ -901,6 +901,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt) as stopped:
             run(tiny(tmp_path / "parts", **options))
         assert stopped.value.args == (143,)
+        next((tmp_path / "parts").glob("*/log.jsonl")).open("a").write('{"half a line')
     parts = run(tiny(tmp_path / "parts", **options))
     assert parameters(whole["folder"]) == parameters(parts["folder"])
     keep = lambda r: [[(k, v) for k, v in json.loads(line).items() if k != "tokens_per_s"]
@@ -1080,7 +1081,6 @@ MISTAKES = [
     ("train.py", "--task text --tokenizer gpt9", "gpt9"),
     ("train.py", "--task text --tokenizer gpt2:99", "gpt2:99"),
     ("train.py", "--task text --seq-len 64", "seq-len"),
-    ("train.py", "--device tpu", "device"),
     ("train.py", "--resume nothing", "resume"),
     ("train.py", "--sample nothing", "nothing"),
     ("train.py", "--sample nothing --prompt=", "prompt"),
@@ -1094,7 +1094,6 @@ MISTAKES = [
     ("scaling.py", "plan --sizes 0", "sizes"),
     ("scaling.py", "plan --archs hybrid --depth 3", "depth"),
     ("scaling.py", "fit none.csv", "none.csv"),
-    ("scaling.py", "table", "mad"),
     ("scaling.py", "plan --budgets 1e7", "budgets"),
     ("scaling.py", "curves none.jsonl --out x.png", "none.jsonl"),
     ("layers.py", "--layers hyenas", "hyena"),
@@ -1353,7 +1352,8 @@ def test_scaling_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     scaling.main(args)
     assert len(trained) == 32                            # another text: other runs
 
-@pytest.mark.parametrize("arch", [*model.ARCHS, "mh-hyena swiglu mh-attention(heads=4) swiglu"])
+@pytest.mark.parametrize("arch", [*model.ARCHS, "mlp",
+                                  "mh-hyena swiglu mh-attention(heads=4) swiglu"])
 def test_scaling_sizes_and_costs_of_every_architecture(arch):
     for width in (24, 40, 448, 4096):
         pattern = scaling.pattern_at(arch, width, 4)
