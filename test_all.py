@@ -191,8 +191,7 @@ def test_how_a_program_ends(body, code):
     assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1)
     assert done.stderr == "error: no\n" or code != 2
 
-# -------------------------------------------------------------------------------------------------
-# Text
+# ==== tasks.py: text =============================================================================
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
@@ -680,7 +679,6 @@ def test_museum_a_parent_that_initialises_everything_overwrites_mambas_dt():
             torch.nn.init.zeros_(p)
     assert dt().min() > 0.69                             # a memory of one token instead of 1000
 
-
 # ==== model.py ===================================================================================
 
 def small(pattern="hybrid", M=16, T=12, **more):
@@ -979,9 +977,7 @@ def test_a_compiled_run_learns_the_same_and_is_shared(tmp_path, runs):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs >= 2
     assert again["steps"] == 24 and again["test_loss"] != compiled["test_loss"]
 
-# =================================================================================================
-# train.py: text
-# =================================================================================================
+# ==== train.py: text =============================================================================
 
 TEXT = dict(task="text", arch="hybrid", dim=32, context=32, batch_size=8, steps=60, dtype="float32",
             compile="off", data=str(HERE / "README.md"))
@@ -1043,6 +1039,14 @@ def test_a_setting_ends_with_the_run_that_solves_it(tmp_path, preset, monkeypatc
     with pytest.raises(ZeroDivisionError):                      # a bug is no score
         train.mad_score("mamba", config=Config(out=str(tmp_path)))
 
+def test_a_killed_worker_ends_the_score(tmp_path, preset, monkeypatch):
+    class Job:
+        def __reduce__(self):                                   # who unpickles it is killed
+            return exec, ("import os; os.kill(os.getpid(), 9)",)
+    monkeypatch.setattr(train, "runs_of", lambda *_: Job())
+    with pytest.raises(UserError, match="killed"):
+        train.mad_score("mamba", config=Config(out=str(tmp_path), workers=2))
+
 def test_shards_share_the_settings_and_one_may_be_empty(tmp_path, preset, monkeypatch):
     monkeypatch.setattr(train, "train", lambda run, **_: dict(
         test_accuracy=0.5, macro_accuracy=0.5, folder="f", steps=1, wall_s=1.0))
@@ -1060,9 +1064,7 @@ def test_presets():
     small = next(s for s, _ in full["settings"] if s.num_train == 800)
     assert train.check(train.runs_of(Config(preset="full"), small, None)[0]).steps == 1400
 
-# =================================================================================================
-# Mistakes: one line that names the option, exit code 2, nothing left behind
-# =================================================================================================
+# ==== Mistakes: one line that names the option, exit code 2, nothing left behind =================
 
 MISTAKES = [
     ("train.py", "--arch hybird", "hybrid"),
@@ -1071,8 +1073,7 @@ MISTAKES = [
     ("train.py", "--lr -1", "lr"),
     ("train.py", "--lr fast", "lr"),
     ("train.py", "--steps 0", "steps"),
-    ("train.py", "--steps 9 --epochs 2", "epochs"),
-    ("train.py", "--warmup 900", "warmup"),
+    ("train.py", "--task text --epochs 2", "epochs"),
     ("train.py", "--beta2 1", "beta2"),
     ("train.py", "--seq-len 7", "seq_len"),
     ("train.py", "--vocab-size 2", "vocab_size"),
@@ -1131,9 +1132,7 @@ def test_help_works_without_docstrings(name):
     done = script("-OO", f"{name}.py", "-h")
     assert done.returncode == 0 and "usage" in done.stdout and not done.stderr
 
-# =================================================================================================
-# README.md
-# =================================================================================================
+# ==== README.md ==================================================================================
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 

@@ -77,7 +77,7 @@ class Config:
     # learning
     dim: int = option(128, "width D of the model", low=1)
     epochs: int | None = option(None, "passes over a MAD task's data (None: 1)", low=1)
-    steps: int | None = option(None, "optimizer steps, instead of epochs (text: 2000)", low=1)
+    steps: int | None = option(None, "optimizer steps, whatever the epochs (text: 2000)", low=1)
     batch_size: int = option(32, "sequences per step (the paper: 128)", low=1)
     lr: float = option(2e-3, "peak learning rate (the paper: 1e-4 5e-4 1e-3)", low=0)
     weight_decay: float = option(0.1, "of AdamW (the paper: 0 0.1)", low=0)
@@ -155,17 +155,15 @@ def check(config):
     """The config with all that None stands for. UserError names a wrong option and its range."""
     text = config.task == "text"
     other = OF_TEXT + ("num_tokens_to_copy",) * (config.task != "selective-copying")
-    unused = dict(text=OF_SETTING, mad=OF_SETTING + OF_TEXT + OF_PRESET).get(config.task, other)
+    unused = dict(text=[*OF_SETTING, "epochs"], mad=OF_SETTING + OF_TEXT + OF_PRESET)
     for name, f in FIELDS.items():
         value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
         if low is not None and value is not None and not low <= value < high:
             raise UserError(f"{flag(name)} is {value}; permitted: {low} to below {high}")
-        if name in unused and value != f.default:
+        if name in unused.get(config.task, other) and value != f.default:
             raise UserError(f"{flag(name)} is {value}, but --task {config.task} has no use for it")
     if config.layers and config.arch not in (Config.arch, config.layers):
         raise UserError(f"--arch {config.arch} and --layers {config.layers!r}: give one of them")
-    if config.epochs and (text or config.steps):
-        raise UserError(f"--epochs is {config.epochs}: give --steps alone")
     shard = re.fullmatch(r"(\d+)/(\d+)", config.shard)
     if not shard or int(shard[1]) >= int(shard[2]):
         raise UserError(f"--shard is {config.shard}; permitted: i/n, such as 0/4 to 3/4")
@@ -178,8 +176,6 @@ def check(config):
     batch_size = min(config.batch_size, n or config.batch_size)
     epoch = math.ceil(n / batch_size)                                          # in steps
     steps = config.steps or (config.epochs or 1) * epoch or 2000
-    if config.warmup >= steps:
-        raise UserError(f"--warmup is {config.warmup}; permitted: less than the {steps} steps")
     return replace(config, steps=steps, epochs=None, batch_size=batch_size,
                    eval_every=config.eval_every or max(1, steps // 10 if text else epoch // 4),
                    data=config.data and os.path.abspath(config.data),
@@ -635,12 +631,17 @@ def mad_score(arch, preset="quick", config=None):
     bar = functools.partial(tqdm, total=len(jobs), unit="setting", dynamic_ncols=True)
     score = functools.partial(score_setting, bar=config.workers == 1,
                               threads=max(1, torch.get_num_threads() // config.workers))
-    if config.workers == 1:
-        records = [score(runs) for runs in bar(jobs)]
-    else:          # Ctrl-C reaches all processes of a terminal: the parent alone acts on it
-        with multiprocessing.get_context("spawn").Pool(
+    records = [score(runs) for runs in bar(jobs)] if config.workers == 1 else []
+    if config.workers > 1:          # Ctrl-C reaches all processes of a terminal: the parent acts
+        with bar() as progress, multiprocessing.get_context("spawn").Pool(
                 config.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-            records = list(bar(pool.imap(score, jobs)))
+            workers, results = multiprocessing.active_children(), pool.imap(score, jobs)
+            while len(records) < len(jobs):
+                with contextlib.suppress(multiprocessing.TimeoutError):
+                    records.append(results.next(timeout=5))
+                    progress.update()
+                if not all(worker.is_alive() for worker in workers):
+                    raise UserError("a worker was killed (memory?): go on with fewer --workers")
     by_task = {task: average([r for r in records if r["setting"]["task"] == task])
                for task in dict.fromkeys(r["setting"]["task"] for r in records)}
     mean = average(by_task.values())
