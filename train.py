@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ from model import (ARCHS, Model, ledger, load_checkpoint, make_optimizer, print_
 from tasks import IGNORE, Parser, UserError, run_main, unknown
 
 RESULTS_VERSION = 2     # raise it when a change of code changes results
+tqdm.set_lock(threading.RLock())     # its own is a semaphore, which a stopped worker would leave
 
 # ---- The command line: a field of Config is an option -------------------------------------------
 
@@ -98,8 +100,7 @@ class Config:
     resume: str | None = option(None, "go on with the run in this folder", run=False)
     log_every: int = option(10, "steps between lines of the log", low=1, run=False)
     # --task mad
-    preset: str = option("quick", "full: the paper's 396 runs", "quick", "hard", "full",
-                         run=False)
+    preset: str = option("quick", "full: the paper's runs", "quick", "hard", "full", run=False)
     tasks: str | None = option(None, "only these tasks, with commas between", run=False)
     settings: str = option("all", "or each task's first", "all", "baseline", run=False)
     workers: int = option(1, "processes that share the settings", low=1, run=False)
