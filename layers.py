@@ -796,9 +796,9 @@ class RWKV6(RWKV5):
         return super().matmul_flops(T) + 2 * T * self.mix_up.numel()
 
 class RWKV7(RWKV5):
-    """S_t = diag(a_t) S_{t-1} - b_t c_t (c_t^T S_{t-1}) + k_t v_t^T;  y_t = (norm(S_t^T r_t) +
-    (r_t . u k_t) v_t) * g_t, then W_o:  it forgets along c, the direction of k; a, b, g through low
-    ranks (Peng et al. 2025, Goose). Left out: the first layer's v, mixed into later ones."""
+    """S_t = diag(a_t) S_{t-1} - b_t c_t (c_t^T S_{t-1}) + k_t v_t^T;  y_t = S_t^T r_t
+    Then (norm(y_t) + (r_t . u k_t) v_t) * g_t and W_o. It forgets along c, the direction of k; a, b
+    and g through low ranks (Peng et al. 2025, Goose). Left out: layer 1's v in later ones."""
     mixes, delta_rule, state_flops = 6, True, 9
 
     def __init__(self, dim, max_len, heads=8, rank=32):
@@ -828,10 +828,10 @@ class RWKV7(RWKV5):
         return (merge_heads(y * self.norm_weight + self.norm_bias) + now) * gate
 
 class DeltaNet(GatedLinearRecurrence):
-    """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T;  y_t = norm(S_t^T q_t) W_o
-    with a = 1 (Yang et al. 2024, DeltaNet); or, gated, a_t = sigmoid(x_t w)^A, one per head, and
-    norm(..) * silu(x_t W_g) (Yang et al. 2024, Gated DeltaNet). q, k, v pass a short convolution
-    and SiLU, q and k are normalised, b is a sigmoid.  Args: heads H; gated: 0 or 1."""
+    """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T;  y_t = S_t^T q_t
+    with a = 1 (Yang et al. 2024, DeltaNet), then norm and W_o; or, gated, a_t = sigmoid(x_t w)^A,
+    one per head, and norm(y_t) * silu(x_t W_g) (Yang et al. 2024, Gated DeltaNet). q, k, v pass a
+    short convolution, SiLU, q and k a norm; b is a sigmoid.  Args: heads H; gated: 0 or 1."""
     reads, delta_rule, state_flops = 3, True, 9
 
     def __init__(self, dim, max_len, heads=8, gated=0):
@@ -978,7 +978,7 @@ class MoE(Layer):
         return super().matmul_flops(T) + 2 * T * self.router.top_k * expert
 
 class RWKVChannelMixer(Layer):
-    """y = sigmoid(x_r W_r) * relu(x_k W_k)^2 W_v, with x_r and x_k mixtures of x_t and x_{t-1}
+    """y = [sigmoid(x_r W_r) *] relu(x_k W_k)^2 W_v, with x_r, x_k mixtures of x_t and x_{t-1}
     (Peng et al. 2024.) The mixture is x_t + m (x_{t-1} - x_t), as RWKV-6 writes it; RWKV-5's m is
     1 minus this one; RWKV-7 has no sigmoid: receptance = 0.  Args: inner width; receptance."""
     def __init__(self, dim, max_len, inner=None, receptance=1):

@@ -67,7 +67,7 @@ def budget_groups(C):
 class Fit:
     """Estimates, which are attributes, too: fit.alpha. residuals (n,): of L, or log y."""
     estimates: dict
-    intervals: dict           # name -> [low, high], 95%; none where no noise can be seen
+    intervals: dict           # name -> [low, high], 95% of the resamples that have an optimum
     residuals: np.ndarray
 
     def __post_init__(self):
@@ -310,7 +310,8 @@ def hold_out(runs):
 def analyse(runs, target=None, bootstrap=1000):
     """
     Fits; overtraining: the excess loss of 1/4 to 4 x N* at its budget; state_law: P* = k M^c at the
-    optima; compute_N, if C isn't 6ND (N lacks embeddings, C doesn't): all again, N := C/(6D).
+    optima; compute_N, if C isn't 6ND (N lacks embeddings, C doesn't): all again, N := C/(6D). The
+    laws take C for 6ND: only there do their targets and hold_out compare with isoflop's.
     """
     result, N = fit_all(runs, target=target, bootstrap=bootstrap), runs.C / (6 * runs.D)
     if isinstance(fit := result["isoflop"], Fit):
@@ -396,16 +397,18 @@ def table(records, scores):
     if not preset:
         raise UserError("--mad: a table needs a folder of scores of train.py, not a CSV of means")
     title = f"{'MAD' if preset == 'full' else preset} score"
-    lines = [["model", *TASKS, title, "of tokens", "state", "parameters"], ["---"] * 11]
+    names = [name for name in TASKS if all(name in r["tasks"] for r in sum(records.values(), []))]
+    lines = [["model", *names, title, "of tokens", "state", "parameters"]]
+    lines += [["---"] * len(lines[0])]
     for arch, some in records.items():
         width = some[0]["options"].get("dim", 128)
         costs = total(ledger(Model(some[0]["arch"], 16, width), 128))
-        lines += [[arch, *(cell([r["tasks"][task]["macro"] for r in some]) for task in TASKS),
+        lines += [[arch, *(cell([r["tasks"][task]["macro"] for r in some]) for task in names),
                    cell([r["macro_mean"] for r in some]), cell([r["mean"] for r in some]),
                    f"{costs.nominal:,}", f"{costs.parameters:,}"]]
-        for row in read_csv(PUBLISHED, ("arch", "source", *TASKS), ["mean"]):
+        for row in read_csv(PUBLISHED, ("arch", "source"), ["mean"]):
             if row["arch"] == arch:
-                values = [row["source"], *(row[task] for task in TASKS), row["mean"]]
+                values = [row["source"], *(row.get(task) for task in names), row["mean"]]
                 lines += [[*(f"*{value}*" for value in values), "", "", ""]]
                 paper.setdefault(arch, row["mean"])
     rank = rank_correlation([scores[arch] for arch in paper], list(paper.values()))
@@ -470,7 +473,7 @@ def plot(archs, scores):
         for group, top, color in zip(groups, tops, shades(len(groups))):
             N = np.geomspace(*np.sort(near_optimum(group).N)[[0, -1]])
             ax.plot(N, top["loss"] + top["curvature"] * np.log(N / top["N"]) ** 2, color=color)
-            ax.plot(top["N"], top["loss"], "k+", ms=9)
+            ax.plot(top["N"], np.nan if top["flag"] else top["loss"], "k+", ms=9)
             ax.plot(group.N, group.loss, marker, color=color, label=f"{top['C']:.1g} FLOPs")
             axes[-1].plot(group.C, group.loss, marker, color=color)
         optima = [(top["C"], np.nan if top["flag"] else top["loss"]) for top in tops]

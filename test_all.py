@@ -1315,11 +1315,11 @@ def test_scaling_csv_as_people_export_it(text, words, tmp_path):
 
 def test_scaling_table_of_records(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "PUBLISHED", tmp_path / "published.csv")
-    names = ",".join(scaling.TASKS)
+    names = ",".join([*scaling.TASKS][:6])
     scaling.PUBLISHED.write_text(f"arch,source,{names},mean\nmamba,paper,1,2,3,4,5,6,69.3\n")
     for i, options in enumerate(({}, dict(seed=1), dict(dim=32))):       # two seeds, another width
         mean = dict(mean=0.5 + 0.02 * i, macro_mean=0.6 + 0.1 * (i % 2), preset="quick")
-        mean["tasks"] = {task: dict(token=0.5, macro=mean["macro_mean"]) for task in scaling.TASKS}
+        mean["tasks"] = dict.fromkeys(names.split(","), dict(token=0.5, macro=mean["macro_mean"]))
         (tmp_path / f"{i}.json").write_text(json.dumps(dict(arch="mamba", options=options, **mean)))
     rows = [[cell.strip() for cell in line.strip("| ").split("|")]
             for line in scaling.table(*scaling.read_scores(tmp_path)).splitlines()]

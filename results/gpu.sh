@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every number of one GPU in 8 minutes, into results/h100.txt; a part that fails or runs out of time
+# Every number of one GPU in 10 minutes at most, into results/h100.txt; a part that fails or runs out of time
 # leaves its message there, and the next one starts. Without a card:
 #   DEVICE=cpu SHAPE="1 64 32" TIMES="64 128" STEPS=2 RUN=4 OUT=/tmp/gpu.txt bash results/gpu.sh
 cd "$(dirname "$0")/.."
