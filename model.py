@@ -186,10 +186,10 @@ def load_run(folder, device="cpu"):
     return model, saved
 
 def sample(folder, prompt, n=200, device="cpu", seed=0):
-    """The prompt and n tokens that a run's model writes after it. UserError without a prompt."""
-    if not prompt:
-        raise UserError("--prompt is empty; give a character or more")
+    """The prompt and n tokens that a run's model writes after it. UserError if either can't be."""
     model, saved = load_run(folder, device)
+    if not (prompt and saved["tokenizer"]):
+        raise UserError("--sample takes a run of --task text, --prompt a character or more")
     prompt = torch.tensor([encode(prompt, saved["tokenizer"])], device=device)
     torch.manual_seed(seed)
     tokens = model.generate(prompt, n, temperature=0.8, top_k=50)[0].tolist()

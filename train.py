@@ -113,7 +113,8 @@ class Config:
 FIELDS = {f.name: f for f in fields(Config)}
 OF_SETTING = ("seq_len", "vocab_size", "num_train", "frac_noise", "num_tokens_to_copy")
 OF_TEXT = ("data", "tokenizer", "context")
-OF_PRESET = ("epochs", "steps", "batch_size", "eval_every", "lr", "weight_decay")
+OF_PRESET = ("epochs", "steps", "batch_size", "eval_every", "lr", "weight_decay", "name")
+OF_MAD = ("preset", "tasks", "settings", "workers", "shard")
 flag = lambda name: "--" + name.replace("_", "-")
 
 def parse_args(argv=None):
@@ -144,8 +145,8 @@ def run_name(config, *skip):
     options = changed(config, "arch", "layers", "task", *skip)
     options |= dict(data=Path(config.data).name) if config.data else {}
     parts = [config.layers or config.arch, config.task, *(f"{k}={v}" for k, v in options.items())]
-    name = re.sub(r"[^\w.=,+-]", "-", "_".join(parts))
-    return name.encode()[:200].decode(errors="ignore")    # file systems end at 255 bytes
+    name = re.sub(r"[^\w.=,+-]", "-", "_".join(parts)).encode()
+    return (name[:-100][:100] + name[-100:]).decode(errors="ignore")      # file systems: 255 bytes
 
 def setting_of(config):
     """The task's baseline, changed by the options."""
@@ -155,8 +156,9 @@ def setting_of(config):
 def check(config):
     """The config with all that None stands for. UserError names a wrong option and its range."""
     text = config.task == "text"
-    other = OF_TEXT + ("num_tokens_to_copy",) * (config.task != "selective-copying")
-    unused = dict(text=[*OF_SETTING, "epochs"], mad=OF_SETTING + OF_TEXT + OF_PRESET)
+    other = OF_MAD + OF_TEXT + ("num_tokens_to_copy",) * (config.task != "selective-copying")
+    unused = dict(text=OF_MAD + OF_SETTING + ("epochs", "early_stop"),
+                  mad=OF_SETTING + OF_TEXT + OF_PRESET)
     for name, f in FIELDS.items():
         value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
         if low is not None and value is not None and not low <= value < high:
@@ -400,8 +402,8 @@ def write(path, content):
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
             temporary.write_text(text)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}): choose another --out")
+    except (OSError, RuntimeError) as error:              # (torch.save's, if the disk is full)
+        raise UserError(f"{path} can't be written ({error!s:.99}): choose another --out") from None
 
 def find_folder(config, data_sha256):
     """The run's folder, and its options for config.json; UserError if the folder has others."""
@@ -417,7 +419,7 @@ def find_folder(config, data_sha256):
 def save_checkpoint(path, model, optimizer, **state):
     write(path, dict(state, model_args=model.args, model=model.state_dict(),
                      optimizer=optimizer.state_dict(),
-                     random=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
+                     random=torch.get_rng_state()))
 
 def restore(folder, state, model, optimizer, device):
     """`state`, model, optimizer and log as they were at the last checkpoint, if there is one."""
@@ -427,8 +429,7 @@ def restore(folder, state, model, optimizer, device):
     saved = load_checkpoint(folder / "ckpt.pt", device)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"][0].cpu())
-    torch.cuda.set_rng_state_all([s.cpu() for s in saved["random"][1:]])
+    torch.set_rng_state(saved["random"].cpu())
     lines = re.findall(".+\n", (folder / "log.jsonl").read_text())      # the last may be half
     write(folder / "log.jsonl", "".join(s for s in lines if json.loads(s)["step"] <= saved["step"]))
     return {key: saved[key] for key in state}
@@ -477,7 +478,7 @@ def train(config, verbose=True, bar=None):
 
     # All that changes beside model and optimizer, and what readers of a checkpoint need.
     state = dict(step=0, best={}, metrics={}, ended=None, s_per_token=[], wall_s=0.0,
-                 tokenizer=config.tokenizer,
+                 tokenizer=config.tokenizer if config.task == "text" else None,
                  example=data.batch(0)[0][:1])            # a sequence for `model.py --show`
     state = restore(folder, state, model, optimizer, config.device)
     started -= state["wall_s"]
@@ -498,7 +499,7 @@ def train(config, verbose=True, bar=None):
             loss, norm, lr = float(loss), float(norm), optimizer.param_groups[0]["lr"]
             if not math.isfinite(loss + norm):
                 raise Diverged(f"step {step}, learning rate {lr:.1e}: loss {loss}, gradient norm "
-                               f"{norm}; lower --lr or give --clip 1 (last save: {folder}/ckpt.pt)")
+                               f"{norm}; lower --lr or give --clip 1")
             seconds = (time.perf_counter() - last_time) / (step - last_step) / step_tokens
             state["s_per_token"].append(seconds)
             entry = dict(step=step, loss=loss, lr=lr, gradient_norm=norm,
@@ -561,16 +562,14 @@ def print_summary(r):
 # ---- The MAD protocol ---------------------------------------------------------------------------
 
 def short(*rows, lrs):
-    """A preset of rows (task, changes of its baseline, steps). Learning is a matter of steps, so
-    small batches and high rates are cheap."""
+    """A preset of rows (task, changes of its baseline, steps), small batches, high rates."""
     settings = [(replace(tasks.BASELINES[task], **changes), steps) for task, changes, steps in rows]
     return dict(settings=settings, epochs=None, batch_size=32, eval_every=100, lrs=lrs,
                 weight_decays=(0.1,))
 
 PRESETS = {        # settings: (Setting, steps of its runs, or None: epochs)
     # The paper's 396 runs: the best of six, chosen and ended by test accuracy, as published.
-    # Different from mad-lab: the cosine runs, betas are the paper's, weight decay is for matrices
-    # alone, and a run counts as it is at its end, not where its test loss was least.
+    # Different from mad-lab: a run counts as it is at its end, not where its test loss was least.
     "full": dict(settings=[(s, None) for s in tasks.mad_settings()], epochs=200, batch_size=128,
                  eval_every=50, lrs=(1e-3, 5e-4, 1e-4), weight_decays=(0.0, 0.1)),
     # The quick score: the baselines, but for memorization, which is solved there by all.
@@ -590,6 +589,7 @@ def runs_of(config, setting, steps):
     preset, base = PRESETS[config.preset], tasks.BASELINES[setting.task]
     changes = {k: v for k, v in asdict(setting).items()
                if k in OF_SETTING and v != getattr(base, k)}
+    changes |= {k: FIELDS[k].default for k in OF_MAD}
     runs = [replace(config, **changes, task=setting.task, lr=lr, weight_decay=decay, steps=steps,
                     epochs=None if steps else preset["epochs"], batch_size=preset["batch_size"],
                     eval_every=preset["eval_every"], out=f"{config.out}/mad/{config.preset}")
