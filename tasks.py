@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 def run_main(main):
-    """Runs a file's main. Exit codes: 2 UserError, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
+    """Runs a file's main. Exit codes: 2 UserError, OSError, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     def stop(number, frame):
         raise KeyboardInterrupt(128 + number)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -50,13 +50,13 @@ def run_main(main):
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
+    except BrokenPipeError:                                  # `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # Python flushes once more at its end
+    except (UserError, OSError) as error:                    # OSError names the file at fault
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         sys.exit(stopped.args[0] if stopped.args else 130)
-    except BrokenPipeError:                                  # `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # Python flushes once more at its end
 
 # ===================== Settings, and random numbers alike on every machine =======================
 

@@ -183,7 +183,7 @@ def test_the_file_shows_each_task():
 @pytest.mark.parametrize("body, code", [
     ("raise KeyboardInterrupt", 130), ("os.kill(os.getpid(), 15)", 143),
     ("os.kill(os.getpid(), 1)", 129), ("print('é')", 0), ("1 / 0", 1),
-    ("sys.stderr.write('')", 0), ("raise tasks.UserError('no')", 2)])
+    ("sys.stderr.write('')", 0), ("raise tasks.UserError('no')", 2), ("raise OSError('no')", 2)])
 def test_how_a_program_ends(body, code):
     closed = {0: "sys.stderr = None", 2: "sys.stdout = None"}.get(code, "")
     done = script("-c", f"import os, sys, tasks\n{closed}\ndef main():\n  {body}\n"

@@ -108,7 +108,7 @@ class Config:
     # other commands
     sample: str | None = option(None, "write text with the model in this folder", run=False)
     prompt: str = option("def ", "the text to go on from", run=False)
-    benchmark: bool = option(False, "time whole steps on this machine", run=False)
+    benchmark: bool = option(False, "time whole steps: of --arch, or of three", run=False)
 
 FIELDS = {f.name: f for f in fields(Config)}
 OF_SETTING = ("seq_len", "vocab_size", "num_train", "frac_noise", "num_tokens_to_copy")
@@ -418,8 +418,7 @@ def find_folder(config, data_sha256):
 
 def save_checkpoint(path, model, optimizer, **state):
     write(path, dict(state, model_args=model.args, model=model.state_dict(),
-                     optimizer=optimizer.state_dict(),
-                     random=torch.get_rng_state()))
+                     optimizer=optimizer.state_dict(), random=torch.get_rng_state()))
 
 def restore(folder, state, model, optimizer, device):
     """`state`, model, optimizer and log as they were at the last checkpoint, if there is one."""
@@ -659,10 +658,11 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # bfloat16 FLOP/s, b
 
 def benchmark(config):
     """Whole steps of training: MAD's baseline, and on a GPU language models of GPT-2's shape."""
-    archs, steps = ("transformer", "hybrid", "mamba"), config.steps or 40
+    asked, steps = config.layers or changed(config).get("arch"), config.steps or 40
+    archs = [asked] if asked else ["transformer", "hybrid", "mamba"]
     config = replace(config, arch=Config.arch, steps=steps, eval_every=steps)
-    jobs = {arch: dict(layers=ARCHS[arch], batch_size=128) for arch in archs}
-    for dim in (768, 2048) if torch.cuda.is_available() else ():
+    jobs = {arch: dict(layers=arch, batch_size=128) for arch in archs}
+    for dim in (768, 2048) if torch.cuda.is_available() and not asked else ():
         for every in (1, 4):
             pattern = stripe("mh-hyena", "swiglu", 12, every, f"mh-attention(heads={dim // 64})")
             jobs[f"12 x {dim}, 1 in {every} attends"] = dict(
