@@ -22,6 +22,7 @@ import argparse
 import csv
 import itertools
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,9 +208,9 @@ def projection_objective(theta, loss, x, y):
     """
     xy, rate = np.stack([x, y], 1), np.exp(theta.clip(-6, 3))[:, None]           # (n, 2), (S, 1, 2)
     phi = np.concatenate([np.exp(-rate * xy), np.ones((len(theta), len(x), 1))], 2)   # (S, n, 3)
-    Q, R = np.linalg.qr(phi)
+    Q, R = np.linalg.qr(phi)                                         # R (A, B, E) = Q^T L
     moment = (loss[:, None] @ Q)[:, 0]                               # (S, 3)
-    negative = moment[:, 2] * R[:, 2, 2] < 0                         # then E = 0
+    negative = moment[:, 2] * R[:, 2, 2] < 0                         # so is E, which 0 replaces
     Q[negative, :, 2] = moment[negative, 2] = 0
     c = np.linalg.solve(R, moment[..., None])                        # (S, 3, 1): A, B, E
     r = (Q @ moment[..., None])[..., 0] - loss
@@ -326,8 +327,9 @@ def analyse(runs, target=None, bootstrap=1000):
 
 def compare(scores, archs):
     """A row per budget: rank correlation of {arch: score} with the best losses of {arch: Runs}."""
-    tops, rows = [(arch, vertex(archs[arch].take(group))) for arch in archs if arch in scores
-                  for group in budget_groups(archs[arch].C)], []
+    rows = []
+    tops = [(arch, vertex(archs[arch].take(group))) for arch in archs if arch in scores
+            for group in budget_groups(archs[arch].C)]
     for group in budget_groups(np.array([top["C"] for _, top in tops])):
         loss = {arch: top["best_loss" if top["flag"] else "loss"]    # no optimum: the best run's
                 for arch, top in (tops[i] for i in group)}
@@ -340,7 +342,7 @@ def compare(scores, archs):
 
 # -- Files, table, plots ---------------------------------------------------------------------------
 PUBLISHED = Path(__file__).parent / "results" / "mad" / "published.csv"
-MARKERS = "osD^vP*X<>phd8" * 3          # one per architecture
+MARKERS = "osD^vP*X<>phd8" * 30         # one per architecture, or log
 
 def read_csv(path, texts, floats):
     """The rows of a CSV file, which has these columns of texts and of floats, as dicts."""
@@ -547,7 +549,7 @@ def sweep(args):
         if [str(run[key]) for key in KEY] in done:
             continue
         config = Config(
-            task="text", name="{arch}_{budget:g}_{width}x{depth}_lr{lr}_seed{seed}".format(**run),
+            task="text", name=re.sub(r"[^\w.@+-]", "-", "_".join(str(run[key]) for key in KEY)),
             out=args.out, data=args.data, tokenizer=args.tokenizer, context=args.context,
             layers=run["pattern"], dim=run["width"], batch_size=run["batch"], seed=args.seed,
             steps=run["steps"], eval_every=run["steps"], warmup=run["steps"] // 20, lr=run["lr"],
@@ -562,7 +564,9 @@ def sweep(args):
             epochs=round(run["D"] / len(text.train), 4))
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            writer.writerows([dict(zip(COLUMNS, COLUMNS))] * (not file.tell()) + [run])
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(run)
 
 def report(name, value):
     """Text: a line for each fit and each dict of findings, intervals behind their estimates."""

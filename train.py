@@ -89,12 +89,12 @@ class Config:
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", low=0)
     clip: float | None = option(None, "scale gradients of a larger norm down to this", low=1e-9)
     early_stop: float = option(0.999, "end at this test accuracy; above 1: never", low=0)
-    eval_every: int | None = option(None, "steps a test (None: 1/4 epoch; text: 1/10 run)", low=1)
+    eval_every: int | None = option(None, "steps per test (None: epoch/4; text: run/10)", low=1)
     # machine and files
     seed: int = option(0, "of parameters, data and their order", low=0)
     device: str = option("auto", "where to train", "auto", "cuda", "mps", "cpu", run=False)
     dtype: str = option("auto", "of matrix products", "auto", "float32", "bfloat16")
-    compile: str = option("auto", "torch.compile, which has to pay for itself", "auto", "on", "off")
+    compile: str = option("auto", "torch.compile; auto: if the run is long", "auto", "on", "off")
     out: str = option("out", "folder for the runs' folders", run=False)
     name: str | None = option(None, "the run's folder (None: by its options)", run=False)
     resume: str | None = option(None, "go on with the run in this folder", run=False)
@@ -102,7 +102,7 @@ class Config:
     # --task mad
     preset: str = option("quick", "full: the paper's runs", "quick", "hard", "full", run=False)
     tasks: str | None = option(None, "only these tasks, with commas between", run=False)
-    settings: str = option("all", "or each task's first", "all", "baseline", run=False)
+    settings: str = option("all", "or only each task's first", "all", "baseline", run=False)
     workers: int = option(1, "processes that share the settings", low=1, run=False)
     shard: str = option("0/1", "i/n: machine i, from 0 on, of n that share --out", run=False)
     # other commands
@@ -130,8 +130,7 @@ def parse_args(argv=None):
         return config
     path = Path(config.resume, "config.json").resolve()
     if changed(config) or not path.is_file():
-        raise UserError(f"--resume {config.resume}: needs a run's folder, with config.json; its "
-                        f"options can't be changed")
+        raise UserError(f"--resume {config.resume}: give a folder with config.json, and no options")
     options = {k: v for k, v in json.loads(path.read_text()).items() if k in FIELDS}
     return replace(config, **options, out=str(path.parents[1]), name=path.parent.name)
 
@@ -177,7 +176,7 @@ def check(config):
         return config
     n = 0 if text else setting_of(config).num_train
     batch_size = min(config.batch_size, n or config.batch_size)
-    epoch = math.ceil(n / batch_size)                                          # in steps
+    epoch = math.ceil(n / batch_size)                                # steps an epoch; text: 0
     steps = config.steps or (config.epochs or 1) * epoch or 2000
     return replace(config, steps=steps, epochs=None, batch_size=batch_size,
                    eval_every=config.eval_every or max(1, steps // 10 if text else epoch // 4),
@@ -205,7 +204,7 @@ def choose_machine(config, show=print):
         compiler = cuda or any(map(shutil.which, ("g++", "clang++", "cl")))
         compiled = "on" if pays and compiler else "off"
         reason = f"it {'pays' if pays else 'does not pay'} in {config.steps:,} steps"
-        reason += "" if compiler else ", but there is no C++ compiler: g++ makes training faster"
+        reason += ", but there is no C++ compiler: install g++" * (pays and not compiler)
     reason += "" if associative_scan or device == "cpu" else "; this torch scans token by token"
     card = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} cores"
     show(f"machine  {device} ({card}), matrix products in {dtype}\ncompile  {compiled}: {reason}")
@@ -234,8 +233,8 @@ def connect(config):
 # ---- Data: batches of (tokens, targets) ---------------------------------------------------------
 
 def load_data(config, rank=0, world=1):
-    """batch(step): (tokens, targets), int64 (B, T): sequences in a new order each epoch, or windows
-    of text at random places. tests(n): those of the test; of text n windows, with recall_tokens."""
+    """batch(step) and tests(most) give (tokens, targets), int64 (B, T): a MAD task's data in a new
+    order each epoch, or random windows of text; a test of text has `most`, and recall_tokens."""
     B, T, seed = config.batch_size, config.context, config.seed
     if config.task == "text":
         text = tasks.load_text(config.data, config.tokenizer)
@@ -258,7 +257,8 @@ def load_data(config, rank=0, world=1):
         def draw(step):
             epoch, i = divmod(step, math.ceil(len(inputs) / B))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            rows = torch.randperm(len(inputs), generator=generator).split(B)[i].to(config.device)
+            rows = torch.randperm(len(inputs), generator=generator).split(B)[i]
+            rows = rows.to(config.device, non_blocking=True)
             return inputs[rows], targets[rows]
         test = lambda most: test_set
         facts = dict(data=f"{setting.num_train:,} training, {setting.num_test:,} test sequences",
@@ -267,7 +267,8 @@ def load_data(config, rank=0, world=1):
 
     def batches(arrays):
         rows = math.ceil(B / world)
-        parts = (torch.as_tensor(x[rank::world], device=config.device).split(rows) for x in arrays)
+        parts = (torch.as_tensor(x[rank::world]).to(config.device, non_blocking=True).split(rows)
+                 for x in arrays)
         # Rows that are not scored fill the last batch: one shape, so that one graph is compiled.
         return ([F.pad(x, (0, 0, 0, rows - len(x)), value=fill)
                  for x, fill in zip(batch, (0, IGNORE, False))] for batch in zip(*parts))
@@ -506,7 +507,7 @@ def train(config, verbose=True, bar=None):
             if testing:
                 metrics = state["metrics"] = evaluate(loss_fn, data, TEST, world)
                 entry |= metrics
-                score = metrics.get("test_accuracy", -metrics.get("val_loss", 0.0))    # text: < 0
+                score = -metrics["val_loss"] if "val_loss" in metrics else metrics["test_accuracy"]
                 if score > state["best"].get("score", -math.inf):
                     state["best"] = dict(metrics, step=step, score=score)
                     save_checkpoint(folder / "best.pt", model, optimizer, **state)
@@ -521,13 +522,13 @@ def train(config, verbose=True, bar=None):
             stop = torch.tensor(max(signals, default=0), device=config.device)
             if world > 1:                                     # a signal to one process stops all
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
-            if testing or stop or last_time - started - state["wall_s"] > 60:
+            if testing or stop or last_time - started - state["wall_s"] > 60:   # once a minute
                 state["wall_s"] = last_time - started
                 save_checkpoint(folder / "ckpt.pt", model, optimizer, **state)
             if stop:
                 progress.write(f"stopped at step {step:,} of {config.steps:,}; go on by the same "
                                f"command, or by --resume {folder}", file=sys.stderr)
-                in_worker = multiprocessing.parent_process()      # it prints no traceback of exits
+                in_worker = multiprocessing.parent_process()      # there only exits end quietly
                 raise (SystemExit if in_worker else KeyboardInterrupt)(128 + int(stop))
 
     if config.task == "text":
@@ -553,7 +554,7 @@ def print_summary(r):
     print(f"steps            {r['steps']:,} ({r['ended']}), {r['train_flops']:.1e} FLOPs\n"
           f"time             {r['wall_s']:.0f} s, {r['tokens_per_s']:,} tokens a second\n"
           f"saved in         {r['folder']}\n\nnext: another architecture, and what the layers mix\n"
-          f"  python train.py --arch transformer --task {r['config']['task']}   (or mamba ..)\n"
+          f"  python train.py --arch mamba --task {r['config']['task']}   (or transformer ..)\n"
           f"  python model.py --show {r['folder']}")
     if "val_loss" in r:
         print(f"  python train.py --sample {r['folder']} --prompt 'def '")
@@ -586,8 +587,7 @@ PRESETS = {        # settings: (Setting, steps of its runs, or None: epochs)
 def runs_of(config, setting, steps):
     """The runs of a setting, in order, as Configs: the fastest learner first."""
     preset, base = PRESETS[config.preset], tasks.BASELINES[setting.task]
-    changes = {k: v for k, v in asdict(setting).items()
-               if k in OF_SETTING and v != getattr(base, k)}
+    changes = {k: v for k, v in asdict(setting).items() if v != getattr(base, k)}
     changes |= {k: FIELDS[k].default for k in OF_MAD}
     runs = [replace(config, **changes, task=setting.task, lr=lr, weight_decay=decay, steps=steps,
                     epochs=None if steps else preset["epochs"], batch_size=preset["batch_size"],
