@@ -3,8 +3,8 @@ What a layer is: every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17
 
 Three families mix tokens: softmax attention; long convolutions under a gate; and one gated linear
 recurrence, of which linear attention, GLA, RWKV and, a channel at a time, Mamba are special cases.
-Channel mixers follow. First come the fast paths, each below the plain loop that defines it
-(`*_reference`), then the layers, then the table `LAYERS`, a look inside, and a benchmark.
+Channel mixers follow. Most fast paths come first, each below the plain loop that defines it
+(`*_reference`); attention's and mh-hyena's stand with their layers. Last: LAYERS, a benchmark.
 
   B batch     T time, tokens     D width     H heads     K key width, V value width of a head
   N state of a channel           E experts   C chunk length, or channels   n chunks   W window
@@ -54,13 +54,13 @@ def long_conv_reference(u, h):
 
 def fft_length(T):
     """The least even n >= 2T - 1 with factors 2, 3, 5 only: long enough not to wrap, and fast."""
-    return next(n for n in range(2 * T, 8 * T, 2) if pow(30, 64, n) == 0)
+    return next(n for n in range(2 * T, 8 * T, 2) if pow(30, 64, n) == 0)     # n divides 30^64
 
 def cached(size, device, elements=1 << 19):
     """How many parts of `size` elements fit in a CPU's cache, with room for temporaries."""
     return max(1, elements // size) if device.type == "cpu" else 1 << 30
 
-# An operator, since torch.compile has no code for complex numbers: it calls this as it is.
+# The same, u (B, D, T), h (D, T). An operator: torch.compile has no code for complex numbers.
 @torch.library.custom_op("nanomad::fft_conv", mutates_args=())
 def fft_conv(u: Tensor, h: Tensor) -> Tensor:
     T, n = u.shape[2], fft_length(u.shape[2])
@@ -195,7 +195,7 @@ def selective_scan(x, dt, A, B, C):
 #   with a bonus u (RWKV):                             y_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t
 
 def gated_linear_step(S, q, k, v, log_a=None, u=None):
-    """S (B, H, K, V), q, k, log_a (B, H, K), v (B, H, V), u (H, K) -> y (B, H, V), S."""
+    """S (B, H, K, V), q, k (B, H, K), log_a (B or 1, H, K or 1), v (B, H, V), u (H, K) -> y, S."""
     S, q, k, v = map(upcast, (S, q, k, v))
     kv = k[..., None] * v[..., None, :]                                       # (B, H, K, V)
     past, S = S, (S if log_a is None else log_a.exp()[..., None] * S) + kv
@@ -213,9 +213,9 @@ def gated_linear_scan_reference(q, k, v, log_a=None, u=None):
     return torch.stack(ys, 2)
 
 def decayed_scores(q, k, log_a):
-    """One chunk, q, k, log_a (.., C, K), C a power of 2 ->
+    """One chunk, q, k (.., C, K), log_a (.., C, K or 1), C a power of 2 ->
       scores (.., C, C): sum_K q_t k_s a_{s+1} .. a_t for s <= t, else 0;
-      to_t, from_s (.., C, K): log of the decay from the chunk's start to t, from s to its end.
+      to_t, from_s (as log_a): log of the decay from the chunk's start to t, from s to its end.
 
     Dividing cumulative products overflows, and all C x C x K decays are slow. Instead join halves:
     from s in the first to t in the second the decay is that from s to the middle times that from
@@ -290,10 +290,10 @@ def delta_scan_reference(q, k, v, beta, log_a=None, r=None, c=None):
     return torch.stack(ys, 2)
 
 def delta_scan(q, k, v, beta, log_a=None, r=None, c=None):
-    """The same by chunks of C tokens. With u_t = r_t^T S_{t-1}, what is removed, the recurrence
-    is a gated linear one that writes k_t v_t^T and -c_t u_t^T; inside a chunk u depends on earlier
+    """The same by chunks of C tokens. With u_t = r_t^T S_{t-1}, what is removed, the recurrence is
+    a gated linear one that writes b_t k_t v_t^T and -c_t u_t^T; inside a chunk u depends on earlier
     u by a triangular matrix, which is solved for (the WY form), between chunks on the state."""
-    T, K, keys = q.shape[2], q.shape[-1], 1 if c is None else 2       # one kind of key, if c is k
+    T, K, keys = q.shape[2], q.shape[-1], 1 if c is None else 2       # one, if both are beta k
     q, k, v, beta = map(upcast, (q, k, v, beta))
     log_a, r, c = delta_terms(k, beta, log_a, r, c)
     C = 1 << (min(T, 64, max(16, K)) - 1).bit_length()                        # a power of 2
@@ -539,11 +539,11 @@ class ImplicitFilter(nn.Module):
 
 class Hyena(Layer):
     """q, k, v = short_conv(x W);  y = (q * (h conv (k * v))) W_o
-    (Poli et al. 2023, section 3.1, order 2.)  Args: expand: inner width over D; the groups of D
-    channels share their projections (tied, as in mad-lab), not their filters. kernel: taps of the
-    short convolution. order: width of the filter's MLP. experts, top_k: the inner channels are so
-    many narrow Hyenas, of which a token reads top_k (MAD's sparse parallel topology). All
-    convolve all tokens, since a later one may read any."""
+    (Poli et al. 2023, section 3.1; their order, the depth, is 2.)  Args: expand: inner width over
+    D; the groups of D channels share their projections (tied, as in mad-lab), not their filters.
+    kernel: taps of the short convolution. order: width of the filter's MLP. experts, top_k: the
+    inner channels are so many narrow Hyenas, of which a token reads top_k (MAD's sparse parallel
+    topology). All convolve all tokens, since a later one may read any."""
     def __init__(self, dim, max_len, expand=4, kernel=3, order=4, experts=None, top_k=2):
         super().__init__()
         inner = expand * dim
@@ -585,8 +585,8 @@ class Hyena(Layer):
         return self.readout(y, x), (tail, history)
 
     def mixing_flops(self, T):
-        """Short convolutions 6 per tap; per channel FFTs 10 log2 T, skip and gates (appendix)."""
-        short = 6 * self.short.taps.numel() // 3
+        """Short convolutions 2 per tap; per channel FFTs 10 log2 T, skip and gates (appendix)."""
+        short = 2 * self.short.taps.numel()
         return int(T * (short + self.channels * (10 * math.log2(max(T, 2)) + self.gate_flops)))
 
 def toeplitz_attention_reference(q, k, v, h):
@@ -642,7 +642,7 @@ class MultiHeadHyena(Hyena):
 #   GLA                a_t from x_t, one per key channel
 #   RWKV-5             a fixed, one per key channel; reads S_{t-1} and a bonus for the present
 #   RWKV-6             the same with a_t from x_t
-#   RWKV-7, DeltaNet   the delta rule: before v_t is written, what k_t reads is removed
+#   RWKV-7, DeltaNet   the delta rule: first, what a key reads (DeltaNet's: k_t) is removed
 #   Mamba-2            a_t from x_t, one per head; q_t and k_t the same for all heads
 #   Mamba              a channel is a head with K = N, V = 1: a_t = exp(dt_t A), k_t = dt_t B_t,
 #                      v_t = x_t, q_t = C_t
@@ -660,8 +660,7 @@ class GatedLinearRecurrence(Layer):
         check_divides("heads", heads, self.inner)
         self.width, value_width = key_width or dim // heads, self.inner // heads
         self.out = linear(self.inner, dim)
-        tail = [(self.reads, dim)] if self.reads else []
-        self.state_shapes = [(heads, self.width, value_width + self.extra)] + tail
+        self.state_shapes = [(heads, self.width, value_width + self.extra), (self.reads, dim)]
         self.paper_state = self.width * self.inner
 
     def forward(self, x):
@@ -670,14 +669,14 @@ class GatedLinearRecurrence(Layer):
         return self.out(self.readout(scan(*inputs), gate).to(x.dtype))
 
     def step(self, x, state):
-        S, *earlier = state
-        window = torch.cat((*earlier, x[:, None]), 1)                         # (B, reads + 1, D)
+        S, earlier = state
+        window = torch.cat((earlier, x[:, None]), 1)                          # (B, reads + 1, D)
         last = lambda p: p if p is None or p.ndim < 3 else p[..., -1:, :]     # (u has no time)
         *inputs, gate = map(last, self.project(window))
         inputs = (p if p is None or p.ndim < 4 else p[:, :, 0] for p in inputs)
         y, S = (delta_step if self.delta_rule else gated_linear_step)(S, *inputs)
         y = self.readout(y[:, :, None], gate).to(x.dtype)
-        return self.out(y)[:, 0], [S] + [window[:, 1:]] * len(earlier)
+        return self.out(y)[:, 0], (S, window[:, 1:])
 
     def mixing_flops(self, T):
         """Per element of S: decay 1, k v 1, sum 1, read 2; delta rule: r S 2, c u 2. 2 per tap."""
@@ -752,8 +751,8 @@ class RWKV5(GatedLinearRecurrence):
         self.norm_bias = nn.Parameter(torch.zeros(heads, 1, self.width))
 
     def mixtures(self, x):
-        past = F.pad(x[:, :-1], (0, 0, 1, 0)) - x                             # x_{t-1} - x_t
-        return x + past * self.mix[:, None, None].to(x.dtype)                 # (mixes, B, T, D)
+        shift = F.pad(x[:, :-1], (0, 0, 1, 0)) - x                            # x_{t-1} - x_t
+        return x + shift * self.mix[:, None, None].to(x.dtype)                # (mixes, B, T, D)
 
     def log_decay(self, x):                               # RWKV-6 reads x; here only its length
         return -self.log_rate.exp().expand(1, x.shape[-2], -1)                # (1, T, D)
@@ -782,11 +781,11 @@ class RWKV6(RWKV5):
         self.decay_down, self.decay_up = linear(dim, decay_rank), linear(decay_rank, dim)
 
     def mixtures(self, x):
-        past = F.pad(x[:, :-1], (0, 0, 1, 0)) - x
-        z = self.mix_down(x + past * self.mix_x.to(x.dtype)).tanh()           # (B, T, 5 rank)
+        shift = F.pad(x[:, :-1], (0, 0, 1, 0)) - x
+        z = self.mix_down(x + shift * self.mix_x.to(x.dtype)).tanh()           # (B, T, 5 rank)
         z = z.unflatten(-1, (5, -1)).movedim(-2, 0)                           # (5, B, T, rank)
         mix = self.mix[:, None, None] + z @ self.mix_up[:, None]              # (5, B, T, D)
-        return x + past * mix.to(x.dtype)
+        return x + shift * mix.to(x.dtype)
 
     def log_decay(self, x):
         w = self.log_rate + upcast(self.decay_up(self.decay_down(x).tanh()))
@@ -797,8 +796,8 @@ class RWKV6(RWKV5):
 
 class RWKV7(RWKV5):
     """S_t = diag(a_t) S_{t-1} - b_t c_t (c_t^T S_{t-1}) + k_t v_t^T;  y_t = S_t^T r_t
-    Then (norm(y_t) + (r_t . u k_t) v_t) * g_t and W_o. It forgets along c, the direction of k; a, b
-    and g through low ranks (Peng et al. 2025, Goose). Left out: layer 1's v in later ones."""
+    Then (norm(y_t) + (r_t . u k_t) v_t) * g_t and W_o. a, b, c are w, a and normalised kappa of
+    Peng et al. (2025, Goose); a, b and g have low rank. Left out: layer 1's v in later ones."""
     mixes, delta_rule, state_flops = 6, True, 9
 
     def __init__(self, dim, max_len, heads=8, rank=32):
@@ -915,9 +914,9 @@ class Mamba(Layer):
         x, z = self.xz(x).chunk(2, -1)                                        # (B, T, inner)
         x = F.silu(self.short(x))
         # On a GPU the (B, T, N, C) states are not kept for the backward pass, but computed again.
-        y = (selective_scan(x, *self.selection(x)) if x.device.type == "cpu" else
-             torch.utils.checkpoint.checkpoint(selective_scan, x, *self.selection(x),
-                                               use_reentrant=False))
+        inputs = (x, *self.selection(x))
+        y = (selective_scan(*inputs) if x.device.type == "cpu" else
+             torch.utils.checkpoint.checkpoint(selective_scan, *inputs, use_reentrant=False))
         return self.readout(y, x, z)
 
     def step(self, x, state):
@@ -993,9 +992,9 @@ class RWKVChannelMixer(Layer):
         return self.step(x, [F.pad(x[:, :-1], (0, 0, 1, 0))])[0]              # x_{t-1}
 
     def step(self, x, state):
-        past, mix = state[0] - x, self.mix.to(x.dtype)
-        y = self.v(self.k(x + past * mix[-1]).relu().square())
-        return y if self.r is None else self.r(x + past * mix[0]).sigmoid() * y, [x]
+        shift, mix = state[0] - x, self.mix.to(x.dtype)                       # x_{t-1} - x_t
+        gate = 1 if self.r is None else self.r(x + shift * mix[0]).sigmoid()
+        return gate * self.v(self.k(x + shift * mix[-1]).relu().square()), [x]
 
 # ================================ The table, with MAD's settings ================================
 # At width 128, two mixers with fixed state hold 4096 elements (of Mamba, four), the paper's common

@@ -29,13 +29,11 @@ from tasks import Parser, UserError, encode, run_main, token_table, unknown
 # Patterns
 
 def stripe(mixer, channel_mixer, n_blocks, attention_every=0, attention="mh-attention"):
-    """
-    The paper's striping: n_blocks of (mixer, channel mixer) in which every `attention_every`-th
-    mixer is attention (1: all, 2: 50%, 4: 25%, 12: 8.3%, 0: none). Returns a pattern.
-    """
-    block = f"{mixer} {mixer if mixer.startswith('mamba') else channel_mixer}"   # it mixes both
+    """The paper's striping: n_blocks of (mixer, channel mixer) in which every `attention_every`-th
+    mixer is attention (1: all, 2: 50%, 4: 25%, 12: 8.3%, 0: none). Returns a pattern."""
+    own = mixer if mixer.startswith("mamba") else channel_mixer          # Mamba mixes channels, too
     return " ".join(f"{attention} {channel_mixer}" if attention_every and i % attention_every == 0
-                    else block for i in range(1, n_blocks + 1))
+                    else f"{mixer} {own}" for i in range(1, n_blocks + 1))
 
 BLOCKS = {"transformer": "mh-attention", "transformer-1head": "attention",
           "sliding": "mh-sliding-attention", "linear-attention": "linear-attention",
@@ -50,14 +48,14 @@ BLOCKS |= {f"{name}-moe": BLOCKS[name].replace("swiglu", "moe-mlp")
            for name in ("transformer", "hyena", "mh-hyena", "hyena-experts")}
 # Two blocks, as in MAD; in a stripe the second one is attention.
 ARCHS = {name: f"{block} {block}" for name, block in BLOCKS.items()}
-ARCHS |= {f"striped-{name}": f"{block} {BLOCKS['transformer' + '-moe' * name.endswith('-moe')]}"
+ARCHS |= {f"striped-{name}": f"{block} mh-attention {'moe-mlp' if 'moe' in name else 'swiglu'}"
           for name, block in BLOCKS.items() if not name.startswith("transformer")}
 ARCHS["hybrid"] = ARCHS["striped-mh-hyena"]
 
 def parse_pattern(pattern):
     """Layers "a b(k=1,...) c", or an architecture -> [(name, settings), ...]. Raises UserError."""
     setting = r"\s*(\w+)\s*=\s*([\w.-]+)\s*"
-    layer = rf"([\w-]+)(?:\(((?:{setting},?)*)\))?"
+    layer = rf"([\w-]+)(?:\(({setting}(?:,{setting})*)?\))?"
     pattern = ARCHS.get(pattern, pattern)
     if not re.fullmatch(rf"\s*{layer}(\s+{layer})*\s*", pattern):
         raise UserError(f"pattern {pattern!r}: write layers as name or name(key=value,key=value)")
@@ -96,10 +94,8 @@ def sinusoids(T, dim, device):
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)[:, :dim]    # (T, D)
 
 class Model(nn.Module):
-    """
-    pattern names the layers in order, or is in ARCHS; vocab_size is M, dim D; max_len the longest
-    sequence, an implicit filter's unit of time. Raises UserError for an unknown layer or setting.
-    """
+    """pattern names the layers in order, or is in ARCHS; vocab_size is M, dim D; max_len is the
+    longest sequence, a filter's unit of time. UserError for an unknown layer or setting."""
 
     def __init__(self, pattern, vocab_size, dim=128, max_len=128, backbone="lm"):
         super().__init__()
@@ -154,10 +150,8 @@ class Model(nn.Module):
         return tokens
 
 def decayed(model):
-    """
-    The parameters that get weight decay: matrices that multiply activations, and the embedding. Not
-    norms, biases, filters (an implicit MLP reads times), Mamba's A, D, RWKV's vectors, mix_up.
-    """
+    """The parameters with weight decay: matrices that multiply activations, and the embedding. Not
+    norms, biases, filters (an implicit MLP reads times), Mamba's A, D, RWKV's vectors, mix_up."""
     in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
     return [m.weight for m in model.modules()
             if isinstance(m, (nn.Linear, nn.Embedding, Experts)) and m not in in_filters]

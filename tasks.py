@@ -85,7 +85,7 @@ class Setting:
                 raise UserError(f"{field} is {getattr(self, field)}; permitted: {permitted}")
 
 def halves(setting):
-    """How many keys, ids from 0 on, and values, the next ids; then a pad or insert token, noise."""
+    """How many keys (ids from 0 on) and values (next); then come noise, a pad or insert token."""
     M = setting.vocab_size - setting.noise_vocab_size - ("fuzzy" in setting.task)
     return M // 2, M - M // 2 - (setting.task == "memorization")
 
@@ -141,10 +141,10 @@ def recall(setting, draw, split, seed):
     pair[:, :, 1] = np.take_along_axis(pair[:, :, 1], first_shown(code)[..., None], 1)
     pair[noise] = keys + values + draw(setting.noise_vocab_size, P, 2, 1)[noise]
 
-    fits = (pair >= 0).sum((2, 3)).cumsum(1) <= T - 2 * L                # room for the last pair
-    used = fits.sum(1, keepdims=True)                                    # (B, 1)
-    last = np.where(fits & ~noise, draw(2 ** 32, P), -1).argmax(1)       # one at random
-    order = np.where(slot < used, slot, last[:, None])                   # (B, P)
+    fits = (pair >= 0).sum((2, 3)).cumsum(1) <= T - 2 * L                # and the last one, too
+    used = fits.sum(1, keepdims=True)                                    # pairs before the last
+    last = np.where(fits & ~noise, draw(2 ** 32, P), -1).argmax(1)       # the one that it repeats
+    order = np.where(slot < used, slot, last[:, None])                   # 0 .. used-1, last, last
     pair = np.take_along_axis(pair, order[..., None, None], 1)
     exists = (pair >= 0) & (slot <= used)[..., None, None]
     answer = exists & (split == "train")
@@ -164,9 +164,9 @@ def recall_oracle(setting, inputs, seed):
         following, context = {}, ()
         for t, token in enumerate(row):
             following.setdefault(context, token if keys <= token < keys + values else -1)
-            context = (token,) if token < keys and context[-1:] >= (keys,) else context + (token,)
-            # A key has up to L tokens: it may go on until L, or a token of its value, are read.
-            if len(context) >= L or token >= keys:
+            starts = token < keys and context[-1:] >= (keys,)            # a key's first token
+            context = (token,) if starts else context + (token,)
+            if len(context) >= L or token >= keys:                       # else the key may go on
                 answer[t] = following.get(context, -1)
     return answers
 
@@ -203,7 +203,7 @@ def memorization(setting, draw, split, seed):
     return inputs, np.where(targets < 0, IGNORE, targets)
 
 def memorization_oracle(setting, inputs, seed):
-    """The map from keys to values, of setting and seed, of both splits; mad-lab's is one-to-one."""
+    """The map from keys to values, for both splits; mad-lab's is one-to-one and has a key less."""
     keys, values = halves(setting)
     facts = keys + dice(setting, seed, "facts")(values, -(-keys // BLOCK)).ravel()
     answers = np.full_like(inputs, -1)
