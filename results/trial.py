@@ -166,8 +166,8 @@ RECALL = [task for task in tasks.TASKS if "recall" in task]
 PARTS = ["loss", "recall_loss", "other_loss"]
 
 def value(rows, part):
-    """{arch: a loss}; a run that has diverged has no row, and ranks last."""
-    return {arch: rows[arch][part] if arch in rows else math.inf for arch in ARCHS}
+    """{arch: a loss}; a run that has diverged has no row, and ranks last. {} before all runs."""
+    return {arch: rows[arch][part] if arch in rows else math.inf for arch in ARCHS if rows}
 
 def report(out):
     records, score = scaling.read_scores(f"{out}/scores/hard")
@@ -176,6 +176,7 @@ def report(out):
     runs = {"1e12": best_runs(out, SMALL), "1.5e13": best_runs(out, LARGE),
             "1.5e13, renamed": best_runs(f"{out}/renamed", LARGE)}
     print_tests(score, recall, records, runs, best_runs(out, LARGE, "1"))
+    runs = {title: rows for title, rows in runs.items() if rows}
     print_table(score, recall, runs)
     hours = sum(row["seconds"] for path in Path(out).rglob("runs.csv")
                 for row in scaling.read_csv(path, [], ["seconds"])) / 3600
@@ -194,6 +195,7 @@ def print_tests(score, recall, records, runs, again):
         "its recall part": (value(runs["1e12"], "recall_loss"), value(last, "recall_loss"))}
     for part in PARTS:
         tests[f"noise: {part} at 1.5e13, two seeds"] = value(last, part), value(again, part)
+    tests = {title: (x, y) for title, (x, y) in tests.items() if x and y}
     found = [ranks(x, y) for x, y in tests.values()]
     for title, test in zip(tests, found):
         print("{}: rho {rho:.2f}, n {n}, p {p:.2g}, without one {low:.2f} to {high:.2f}".format(
@@ -201,7 +203,7 @@ def print_tests(score, recall, records, runs, again):
     p = [test["p"] for test in found[:2]]
     print("p by Holm's correction: " + ", ".join(
         f"{min(1, max(2 * min(p), one)):.2g} ({name})" for name, one in zip(tests, p)))
-    for part in PARTS:
+    for part in PARTS if again else ():
         gaps = [abs(last[arch][part] - again[arch][part]) for arch in last if arch in again]
         print(f"{part} of two seeds: {np.mean(gaps):.3f} nats apart; the architectures' standard "
               f"deviation: {np.std([row[part] for row in last.values()]):.3f}")
@@ -227,7 +229,7 @@ def plot(score, runs):
         x = np.arange(len(rho)) + i / 10
         ax.plot(x, rho, marker, color=color, label=part)
         ax.vlines(x, low, high, color=color)
-    ax.set(xticks=range(len(runs)), xticklabels=runs, xlim=(-0.4, 2.8), ylim=(-1, 1),
+    ax.set(xticks=range(len(runs)), xticklabels=runs, xlim=(-0.4, len(runs) - 0.2), ylim=(-1, 1),
            xlabel="FLOPs of a run, text", ylabel="Spearman's rho with the hard score")
     ax.axhline(0, color="k", lw=0.5)
     ax.legend(title="bars: without any one\narchitecture", loc="upper right")
