@@ -782,7 +782,7 @@ class RWKV6(RWKV5):
 
     def mixtures(self, x):
         shift = F.pad(x[:, :-1], (0, 0, 1, 0)) - x
-        z = self.mix_down(x + shift * self.mix_x.to(x.dtype)).tanh()           # (B, T, 5 rank)
+        z = self.mix_down(x + shift * self.mix_x.to(x.dtype)).tanh()          # (B, T, 5 rank)
         z = z.unflatten(-1, (5, -1)).movedim(-2, 0)                           # (5, B, T, rank)
         mix = self.mix[:, None, None] + z @ self.mix_up[:, None]              # (5, B, T, D)
         return x + shift * mix.to(x.dtype)

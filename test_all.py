@@ -720,7 +720,7 @@ def test_patterns_are_read_and_mistakes_refused():
         [("mh-hyena", {"heads": 4, "order": 3}), ("swiglu", {})]
     assert model.parse_pattern("hybrid") == model.parse_pattern(ARCHS["hybrid"])
     for wrong in ("", "hyena(", "hyena)", "hyena(order)", "(order=2)", "hyena(order=2", "hybird",
-                  "hyena(order=2)mlp", "mh-hyena swiglu " * 9 + "swiglu("):      # told at once
+                  "mlp(expand=45=3)", "mh-hyena swiglu " * 9 + "swiglu("):       # told at once
         with pytest.raises(UserError):
             model.parse_pattern(wrong)
     with pytest.raises(UserError, match="heads"):
@@ -856,7 +856,6 @@ def parameters(folder):
 
 @pytest.fixture
 def small_tests(monkeypatch, one_thread):
-    """Small tests."""
     for name, setting in tasks.BASELINES.items():
         monkeypatch.setitem(tasks.BASELINES, name, dataclasses.replace(setting, num_test=64))
 
@@ -884,8 +883,7 @@ def test_the_hybrid_learns_recall_and_the_run_is_recorded(tmp_path, small_tests)
 @pytest.mark.parametrize("options", [{}, dict(task="compression", arch="mamba"),
                                      dict(task="text", context=16, seq_len=None, num_train=None)],
                          ids=["recall", "compression", "text"])
-def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(tmp_path, monkeypatch, small_tests,
-                                                            options):
+def test_a_stopped_run_ends_with_the_same_bytes(tmp_path, monkeypatch, small_tests, options):
     if options.get("task") == "text":
         options["data"] = str(HERE / "README.md")
     whole = run(tiny(tmp_path / "whole", **options))
@@ -1116,6 +1114,10 @@ def test_a_mistake_is_one_line(name, words, option, tmp_path, monkeypatch, capsy
     errors = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and option in errors and "\n" not in errors
     assert not any(tmp_path.iterdir())
+
+def test_the_benchmark_of_one_architecture():
+    done = script("train.py", "--benchmark", "--arch", "mamba", "--steps", 2, "--compile", "off")
+    assert re.findall(r"^\w+", done.stdout, re.M) == ["model", "mamba"], done.stderr
 
 @pytest.mark.parametrize("n, error", [(0, "RANK"), (3, "MASTER_ADDR"), (5, "--batch-size")])
 def test_the_variables_of_torchrun_are_checked(n, error, monkeypatch):
