@@ -223,11 +223,12 @@ def print_table(score, recall, runs):
 
 def plot(score, runs):
     figure, (ax,), colors = scaling.canvas(1, 1, figsize=(8, 3.5))
-    for i, (part, marker, color) in enumerate(zip(PARTS, "osD", colors(3))):
+    labels = "all tokens", "recall tokens", "other tokens"
+    for i, (part, label, marker, color) in enumerate(zip(PARTS, labels, "osD", colors(3))):
         found = [ranks(score, value(rows, part)) for rows in runs.values()]
         rho, low, high = np.array([[r[k] for k in ("rho", "low", "high")] for r in found]).T
         x = np.arange(len(rho)) + i / 10
-        ax.plot(x, rho, marker, color=color, label=part)
+        ax.plot(x, rho, marker, color=color, label=label)
         ax.vlines(x, low, high, color=color)
     ax.set(xticks=range(len(runs)), xticklabels=runs, xlim=(-0.4, len(runs) - 0.2), ylim=(-1, 1),
            xlabel="FLOPs of a run, text", ylabel="Spearman's rho with the hard score")
