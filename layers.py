@@ -2,9 +2,9 @@
 What a layer is: every primitive of MAD (Poli, Thomas et al. 2024, arXiv 2403.17844), one a screen.
 
 Three families mix tokens: softmax attention; long convolutions under a gate; and one gated linear
-recurrence, of which linear attention, GLA, RWKV and, a channel at a time, Mamba are special cases.
-Channel mixers follow. Most fast paths come first, each below the plain loop that defines it
-(`*_reference`); attention's and mh-hyena's stand with their layers. Last: LAYERS, a benchmark.
+recurrence, of which linear attention, GLA, RWKV and, a channel at a time, Mamba are special cases
+(DeltaNet and RWKV-7 remove, too). Channel mixers follow. Most fast paths come first, each below the
+plain loop that defines it (`*_reference`); attention's and mh-hyena's stand with their layers.
 
   B batch     T time, tokens     D width     H heads     K key width, V value width of a head
   N state of a channel           E experts   C chunk length, or channels   n chunks   W window
@@ -291,9 +291,9 @@ def delta_scan_reference(q, k, v, beta, log_a=None, r=None, c=None):
 
 def delta_scan(q, k, v, beta, log_a=None, r=None, c=None):
     """The same by chunks of C tokens. With u_t = r_t^T S_{t-1}, what is removed, the recurrence is
-    a gated linear one that writes b_t k_t v_t^T and -c_t u_t^T; inside a chunk u depends on earlier
-    u by a triangular matrix, which is solved for (the WY form), between chunks on the state."""
-    T, K, keys = q.shape[2], q.shape[-1], 1 if c is None else 2       # one, if both are beta k
+    a gated linear one with two writes, b_t k_t v_t^T and -c_t u_t^T. Inside a chunk a triangular
+    system gives u (the WY form); from earlier chunks it reads the state."""
+    T, K, keys = q.shape[2], q.shape[-1], 1 if c is None else 2       # 1: c is beta k, too
     q, k, v, beta = map(upcast, (q, k, v, beta))
     log_a, r, c = delta_terms(k, beta, log_a, r, c)
     C = 1 << (min(T, 64, max(16, K)) - 1).bit_length()                        # a power of 2
@@ -336,7 +336,7 @@ class Layer(nn.Module):
         return self(x[:, None])[:, 0], state
 
     def matmul_flops(self, T):
-        """Of the matrix products for one sequence, as if it alone paid for making the filter."""
+        """Of one sequence's matrix products, with all of its filter's (which a batch shares)."""
         return sum(2 * T * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
     def mixing_flops(self, T):
@@ -429,8 +429,8 @@ def causal_attention_reference(q, k, v, window=None):
 
 def causal_attention(q, k, v, window=None):
     """The same by torch's fused kernel on a GPU. On a CPU its backward pass is slow for narrow
-    heads: two matrix products and a softmax there, by blocks of rows, each with all keys up to its
-    end. With a window, anywhere, all blocks at once, each with its keys and the block before."""
+    heads; there a block of queries takes two matrix products and a softmax with all keys up to its
+    end. With a window, on any device, all blocks at once, with the keys of two blocks each."""
     T, K = q.shape[2:]
     if window is None and q.device.type != "cpu":
         # Its fast forms want a head's channels contiguous in memory.
@@ -542,8 +542,8 @@ class Hyena(Layer):
     (Poli et al. 2023, section 3.1; their order, the depth, is 2.)  Args: expand: inner width over
     D; the groups of D channels share their projections (tied, as in mad-lab), not their filters.
     kernel: taps of the short convolution. order: width of the filter's MLP. experts, top_k: the
-    inner channels are so many narrow Hyenas, of which a token reads top_k (MAD's sparse parallel
-    topology). All convolve all tokens, since a later one may read any."""
+    inner channels are so many narrow Hyenas; each token reads top_k of them (MAD's sparse parallel
+    topology). Each convolves all tokens, since a later token may read it."""
     def __init__(self, dim, max_len, expand=4, kernel=3, order=4, experts=None, top_k=2):
         super().__init__()
         inner = expand * dim
@@ -599,7 +599,7 @@ def toeplitz_attention_reference(q, k, v, h):
     return torch.stack(ys, 2)
 
 def toeplitz_attention(q, k, v, h):
-    """The same. Up to 256 tokens, where a CPU is faster so: linear attention under a Toeplitz mask,
+    """The same. Up to 256 tokens, a CPU's break-even: linear attention under a Toeplitz mask,
     O(T^2). Beyond: sum_i q_i (h conv (k_i v)), a long convolution for each key channel i."""
     T = q.shape[2]
     if T <= 256:
@@ -615,14 +615,14 @@ def toeplitz_attention(q, k, v, h):
 
 class MultiHeadHyena(Hyena):
     """q, k, v = short_conv(x W);  y_t = sum_{s <= t} h_{t-s} (q_t . k_s) v_s in a head;  then W_o
-    Hyena whose gates k * v and q * are k (x) v and q . inside a head, all its channels sharing one
-    filter (Massaroli et al. 2023). mad-lab passes the number of heads where the width of a head
-    belongs and ties the projections; here, at D = 128, 16 heads have width 8, and W is full."""
+    Hyena with, inside each head, the outer product k (x) v for k * v, q . for q *, and one filter
+    (Massaroli et al. 2023). mad-lab passes the number of heads where the width of a head belongs
+    and ties the projections; here, at D = 128, 16 heads have width 8, and W is full."""
     def __init__(self, dim, max_len, heads=16, kernel=3, order=2):
         check_divides("heads", heads, dim)
         super().__init__(dim, max_len, 1, kernel, order)
         self.heads, self.channels = heads, dim * dim // heads
-        self.gate_flops = 6                              # skip 2, k (x) v 2, q . 2
+        self.gate_flops = 6                              # skip, k (x) v, q .: a multiply-add each
         self.filter = ImplicitFilter(heads, max_len, order)
         self.state_shapes = [(kernel - 1, 3 * dim), (0, 2 * dim)]
         self.paper_state = order * self.channels
@@ -642,7 +642,7 @@ class MultiHeadHyena(Hyena):
 #   GLA                a_t from x_t, one per key channel
 #   RWKV-5             a fixed, one per key channel; reads S_{t-1} and a bonus for the present
 #   RWKV-6             the same with a_t from x_t
-#   RWKV-7, DeltaNet   the delta rule: first, what a key reads (DeltaNet's: k_t) is removed
+#   RWKV-7, DeltaNet   the delta rule: not diagonal, since what a key reads is removed first
 #   Mamba-2            a_t from x_t, one per head; q_t and k_t the same for all heads
 #   Mamba              a channel is a head with K = N, V = 1: a_t = exp(dt_t A), k_t = dt_t B_t,
 #                      v_t = x_t, q_t = C_t
@@ -650,8 +650,8 @@ class MultiHeadHyena(Hyena):
 class GatedLinearRecurrence(Layer):
     """What the next layers share. Each has project(x) -> q, k, v, log_a, u (as arguments of
     `gated_linear_scan`; with delta_rule those of `delta_scan`) and a gate (B, T, .); and
-    readout(y (B, H, T, V), gate) -> (B, T, H V). reads: how many earlier tokens a projection looks
-    at, which `step` carries. extra: columns that it adds to v."""
+    readout(y (B, H, T, V), gate) -> (B, T, H V). reads: how many earlier tokens project() needs;
+    `step` carries them. extra: columns that project() adds to v."""
     extra, reads, delta_rule, state_flops = 0, 0, False, 5
 
     def __init__(self, dim, heads, key_width=None, inner=None):
@@ -686,8 +686,8 @@ class GatedLinearRecurrence(Layer):
 
 class LinearAttention(GatedLinearRecurrence):
     """y_t = sum_{s <= t} f(q_t) . g(k_s) v_s / sum_{s <= t} f(q_t) . g(k_s)
-    (Katharopoulos et al. 2020.) f and g: softplus(W_1 z) * softplus(W_2 z), shared by the heads; in
-    mad-lab without softplus, so that the denominator changes sign. It is the same recurrence for
+    (Katharopoulos et al. 2020.) f(z), g(z): softplus(W_1 z) * softplus(W_2 z), shared by the heads;
+    in mad-lab without softplus, so that the denominator changes sign. It is the same recurrence for
     one more column of v, all ones; 1e-6 keeps it from 0."""
     extra, state_flops = 1, 4                                                 # nothing decays
 
@@ -742,6 +742,7 @@ class RWKV5(GatedLinearRecurrence):
 
     def __init__(self, dim, max_len, heads=8):
         super().__init__(dim, heads)
+        check_divides("heads", heads, dim, each=2)          # the norm of one element is 0
         ramp = torch.arange(dim) / dim
         self.mix = nn.Parameter(ramp.repeat(self.mixes, 1))     # shares of x_{t-1}, a row a mixture
         self.r, self.k, self.v, self.g = (linear(dim, dim) for _ in range(4))
@@ -769,7 +770,7 @@ class RWKV5(GatedLinearRecurrence):
         return merge_heads(y * self.norm_weight + self.norm_bias) * F.silu(gate)
 
 class RWKV6(RWKV5):
-    """as RWKV-5, with a_t = exp(-exp(w_t)), w_t = w + tanh(x_t W_1) W_2, and such mixtures
+    """as RWKV-5, with a_t = exp(-exp(w_t)), w_t = w + tanh(m_t W_1) W_2, m_t a fifth mixture
     (Peng et al. 2024, Finch, section 4.2.)  Args: heads H; ranks of the mixtures and the decay."""
     mixes = 5
 
@@ -828,7 +829,7 @@ class RWKV7(RWKV5):
 
 class DeltaNet(GatedLinearRecurrence):
     """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T;  y_t = S_t^T q_t
-    with a = 1 (Yang et al. 2024, DeltaNet), then norm and W_o; or, gated, a_t = sigmoid(x_t w)^A,
+    with a = 1, then norm and W_o (Yang et al. 2024, DeltaNet); gated: a_t = sigmoid(x_t w + d)^A,
     one per head, and norm(y_t) * silu(x_t W_g) (Yang et al. 2024, Gated DeltaNet). q, k, v pass a
     short convolution, SiLU, q and k a norm; b is a sigmoid.  Args: heads H; gated: 0 or 1."""
     reads, delta_rule, state_flops = 3, True, 9
@@ -1052,7 +1053,7 @@ def mixing(layer, x):
 
 def shade(matrix, decades=5):
     """1 for the largest entry, 0 for those 10^decades times smaller, on a log scale."""
-    return (1 + (matrix / matrix.max()).log10() / decades).clamp(min=0)
+    return (1 + (matrix / matrix.max().clamp(min=1e-30)).log10() / decades).clamp(min=0)
 
 def draw(matrix, shades=" .:-=+*#%@"):
     """The matrix as text, two characters an entry."""
@@ -1067,8 +1068,8 @@ def show_mixing(pictures):
 # ============================================ Speed ==============================================
 
 def tune_allocator():
-    """Tells glibc to keep large buffers. It returns them to the system after use and gets them back
-    at the next step, zeroed page by page: half the time of a small model."""
+    """Tells glibc to keep large buffers. Otherwise it returns them after use, and gets them back at
+    each step, zeroed page by page, which is half of a small model's time."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):                      # no glibc here

@@ -138,7 +138,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=1.0, top_k=None):
-        """Continue tokens (B, T >= 1) by n, one `step` each -> (B, T + n); 0: always the best."""
+        """Continue tokens (B, T >= 1) by n, one `step` each -> (B, T + n). At temperature 0 each is
+        the likeliest."""
         state, M = self.init_state(len(tokens)), self.args["vocab_size"]
         for i in range(tokens.shape[1] + n - 1):
             logits, state = self.step(tokens[:, i], state)
@@ -150,8 +151,8 @@ class Model(nn.Module):
         return tokens
 
 def decayed(model):
-    """The parameters with weight decay: matrices that multiply activations, and the embedding. Not
-    norms, biases, filters (an implicit MLP reads times), Mamba's A, D, RWKV's vectors, mix_up."""
+    """The parameters with weight decay: the weights of nn.Linear, nn.Embedding and Experts, but not
+    of a filter's MLP, which reads times. None: norms, biases, taps, Mamba's A, D, RWKV's own."""
     in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
     return [m.weight for m in model.modules()
             if isinstance(m, (nn.Linear, nn.Embedding, Experts)) and m not in in_filters]
@@ -180,7 +181,7 @@ def load_run(folder, device="cpu"):
     return model, saved
 
 def sample(folder, prompt, n=200, device="cpu", seed=0):
-    """The prompt and n tokens that a run's model writes after it. UserError if either can't be."""
+    """The prompt and n tokens that a run's model writes after it. UserError without either."""
     model, saved = load_run(folder, device)
     if not (prompt and saved["tokenizer"]):
         raise UserError("--sample takes a run of --task text, --prompt a character or more")

@@ -5,7 +5,7 @@ A run is a row of a CSV: N, D, loss, and optionally C, arch, state. From runs at
 file finds the best size for each, the law that the loss follows, and whether MAD scores rank
 architectures as their losses do (the MAD paper, arXiv 2403.17844).
 
-  N  parameters                     L  loss, nats per token  a, b   N* ~ C^a, D* ~ C^b
+  N  parameters (see `analyse`)     L  loss, nats per token  a, b   N* ~ C^a, D* ~ C^b
   D  training tokens                P  perplexity, exp(L)    E, A, B, alpha, beta:
   C  training FLOPs, 6ND by default M  total state               L = E + A/N^alpha + B/D^beta
   *  at the best size for a budget  S  problems solved at once (starting points, resamples)
@@ -95,7 +95,7 @@ def fit_power_law(x, y, bootstrap=1000, seed=0):
     x, y = np.log(np.array([x, y], np.float64))
     if not np.ptp(x) > 0.01:
         raise UserError("a power law needs two different x")
-    solve = np.linalg.pinv(np.vander(x, 2))              # so that NaN spoils no other resample
+    solve = np.linalg.pinv(np.vander(x, 2))              # a NaN stays in its own resample
     fitted = np.polyval(solve @ y, x)
     draws = resample(fitted, y - fitted, 2, bootstrap, seed)
     c, logk = solve @ np.vstack([y, draws]).T
@@ -103,8 +103,8 @@ def fit_power_law(x, y, bootstrap=1000, seed=0):
 
 def rank_correlation(x, y, permutations=9999, seed=0):
     """
-    Spearman's rho of x and y (n,), NaN for a constant column; its two-sided permutation p, n. All
-    orders up to n = 8; beyond, random ones and the given one, so p > 0 (Phipson and Smyth 2010).
+    Spearman's rho of x and y (n,), NaN for a constant column; its two-sided permutation p, n. From
+    all orders if n <= 8; else from random ones and the given one, so p > 0 (Phipson, Smyth 2010).
     """
     x, y, n = np.asarray(x, np.float64), np.asarray(y, np.float64), len(x)
     # Ranks less their mean; ties share their average.
@@ -119,7 +119,7 @@ def rank_correlation(x, y, permutations=9999, seed=0):
 # They assume no law, but loss curves are lopsided, and parabolas are not.
 
 def near_optimum(runs):
-    """One budget's runs within 4 times the size of the best one, at least four sizes of them."""
+    """One budget's runs of 1/4 to 4 times the best one's size, at least the four sizes nearest."""
     ratio = lambda N: np.exp(np.abs(np.log(N / runs.N[runs.loss.argmin()])))
     return runs.take(ratio(runs.N) <= max(4, *np.sort(ratio(np.unique(runs.N)))[:4]) * 1.001)
 
@@ -204,7 +204,7 @@ def parametric_objective(theta, loss, x, y):
 def projection_objective(theta, loss, x, y):
     """
     min over A, B, and E >= 0, of the sum of r^2 / 2, r = A exp(-alpha x) + B exp(-beta y) + E - L
-    theta = (log alpha, log beta), clipped to where both terms differ from a constant
+    theta = (log alpha, log beta), clipped, so that no term becomes a constant
     """
     xy, rate = np.stack([x, y], 1), np.exp(theta.clip(-6, 3))[:, None]           # (n, 2), (S, 1, 2)
     phi = np.concatenate([np.exp(-rate * xy), np.ones((len(theta), len(x), 1))], 2)   # (S, n, 3)
@@ -239,10 +239,10 @@ def minimise(objective, theta, target, steps):
 
 def fit_parametric(N, D, loss, target=None, bootstrap=1000, seed=0):
     """
-    The law by Huber loss on log L (approach 3 of Hoffmann et al. 2022): E, A, B, alpha, beta; for
-    C = 6ND a, b and the optimum at target; objective, the sum of Huber losses; rss, of squared
-    residuals of L. Robust to outliers; in small sweeps residuals (0.02) far exceed HUBER, and their
-    absolute values count. UserError for runs that cannot tell five parameters apart.
+    The law by Huber loss on log L (approach 3 of Hoffmann et al. 2022): E, A, B, alpha, beta; a, b
+    and the optimum at target, if C = 6ND; objective, the sum of Huber losses; rss, that of squared
+    residuals of L. Robust to outliers; in small sweeps residuals (0.02) far exceed HUBER: it fits
+    absolute errors. UserError for runs that cannot tell five parameters apart.
     """
     scale, exponent = np.arange(0, 30, 5.0), np.arange(0, 2.5, 0.5)
     starts = np.array(list(itertools.product(scale, scale, exponent - 1, exponent, exponent)))
@@ -276,7 +276,7 @@ def fit_law(objective, starts, N, D, loss, target, bootstrap, seed):
     laws = law(np.vstack([best, theta]), np.vstack([runs.loss, draws]))[3]
     E, A, B, alpha, beta = laws.T                                    # (1 + bootstrap,) each
     A, B = A * np.exp(alpha * middle[0]), B * np.exp(beta * middle[1])
-    # Least on C = 6ND (Hoffmann et al. 2022, equation 4); no optimum without both terms.
+    # The least L along C = 6ND (Hoffmann et al. 2022, equation 4), if both terms fall.
     logN = (np.log(alpha * A / (beta * B)) + beta * np.log(C / 6)) / (alpha + beta)
     N = np.where(laws[:, 1:].min(1) > 0, np.exp(logN), np.nan)
     rows = dict(E=E, A=A, B=B, alpha=alpha, beta=beta, a=beta / (alpha + beta),
@@ -311,8 +311,8 @@ def hold_out(runs):
 def analyse(runs, target=None, bootstrap=1000):
     """
     Fits; overtraining: the excess loss of 1/4 to 4 x N* at its budget; state_law: P* = k M^c at the
-    optima; compute_N, if C isn't 6ND (N lacks embeddings, C doesn't): all again, N := C/(6D). The
-    laws take C for 6ND: only there do their targets and hold_out compare with isoflop's.
+    optima; compute_N, if C isn't 6ND (a sweep's N lacks embeddings, its C doesn't): all again with
+    N := C/(6D). The laws assume C = 6ND, so only there their targets compare with isoflop's.
     """
     result, N = fit_all(runs, target=target, bootstrap=bootstrap), runs.C / (6 * runs.D)
     if isinstance(fit := result["isoflop"], Fit):
@@ -370,23 +370,23 @@ def read_csv(path, texts, floats):
 
 def read_runs(path):
     """A CSV of runs -> {architecture: Runs}; without an arch column the name is "all"."""
-    archs = {}
-    for row in read_csv(path, (), ("N", "D", "loss")):
+    archs, rows = {}, read_csv(path, (), ("N", "D", "loss"))
+    if len({(row.get("data"), row.get("tokenizer"), row.get("context")) for row in rows}) > 1:
+        raise UserError(f"{path} mixes data, tokenizers or contexts: give each a file of its own")
+    for row in rows:
         row = dict(C=6 * row["N"] * row["D"], state=np.nan, arch="all") | row
         archs.setdefault(row["arch"], []).append([row[name] for name in Runs._fields])
     return {arch: make_runs(*np.array(rows).T) for arch, rows in archs.items()}
 
 def read_scores(path):
-    """{arch: records of train.py, best first} of a folder, or a CSV (arch, mean); {arch: mean}."""
-    records, by_arch = [json.loads(p.read_text()) for p in sorted(Path(path).glob("*.json"))], {}
+    """{arch: records}, best first, and {arch: mean}: train.py's scores, or a CSV (arch, mean)."""
+    by_arch, files = {}, sorted(Path(path).glob("*.json"))
+    records = [record for p in files if "mean" in (record := json.loads(p.read_text()))]
     for record in records or read_csv(path, ["arch"], ["mean"]):
         if record.get("macro_mean", record["mean"]) is None:
             raise UserError(f"{record['arch']} has no score: all runs of a setting diverged")
         options = [f"{k}={v}" for k, v in record.get("options", {}).items() if k != "seed"]
         by_arch.setdefault(" ".join([record["arch"], *options]), []).append(record)
-    for arch, some in by_arch.items():
-        if len(some) > 1 and not records:
-            print(f"note: {arch} has {len(some)} scores: their mean counts", file=sys.stderr)
     scores = {arch: float(np.mean([record.get("macro_mean", record["mean"]) for record in some]))
               for arch, some in by_arch.items()}
     return {arch: by_arch[arch] for arch in sorted(scores, key=scores.get, reverse=True)}, scores
@@ -498,12 +498,12 @@ KEY = "arch budget width depth batch lr steps seed context tokenizer data".split
 
 def pattern_at(arch, width, depth):
     """`depth` blocks; MAD's settings are for width 128 and scaled to this one. Heads of attention
-    have 16 channels, 64 from width 512 on."""
+    have at least 16 channels, 64 from width 512 on."""
     words = []
     for name, given in parse_pattern(arch):
         scaled = {key: value * width // 128 for key, value in LAYERS[name][1].items()
                   if key in ("heads", "width", "dt_rank") and value > 1}
-        if issubclass(LAYERS[name][0], Attention) and "heads" in scaled:  # others' keep theirs
+        if issubclass(LAYERS[name][0], Attention) and "heads" in scaled:  # others' stay as wide
             scaled["heads"] = width // (16 if width < 512 else 64)
         settings = ",".join(f"{key}={value}" for key, value in (scaled | given).items())
         words.append(f"{name}({settings})" if settings else name)
@@ -546,10 +546,10 @@ def sweep(args):
     done = [[r[key] for key in KEY] for r in (read_csv(path, COLUMNS, ()) if path.exists() else ())]
     for run in tqdm(isoflop_runs(args, text.vocab_size), unit="run"):
         run["data"] = f"{text.name} {text.sha256[:8]}"
-        if [str(run[key]) for key in KEY] in done:
+        if (key := [str(run[name]) for name in KEY]) in done:
             continue
         config = Config(
-            task="text", name=re.sub(r"[^\w.@+-]", "-", "_".join(str(run[key]) for key in KEY)),
+            task="text", name=re.sub(r"[^\w.@+-]", "-", "_".join(key))[-200:],
             out=args.out, data=args.data, tokenizer=args.tokenizer, context=args.context,
             layers=run["pattern"], dim=run["width"], batch_size=run["batch"], seed=args.seed,
             steps=run["steps"], eval_every=run["steps"], warmup=run["steps"] // 20, lr=run["lr"],
@@ -584,7 +584,7 @@ def parse_args(argv):
     commands, both = parser.add_subparsers(dest="command", required=True), "sweep plan"
     sub = {name: commands.add_parser(name)
            for name in "sweep plan fit plot curves mixing compare table".split()}
-    listed = lambda kind: lambda text: [kind(part) for part in text.split(",")]
+    listed = lambda kind: lambda text: [kind(s.strip()) for s in re.split(r",(?![^(]*\))", text)]
     for names, option, settings in (
             ("fit plot compare", "runs", dict(help="CSV file: N, D, loss[, C, arch, state]")),
             ("compare", "--mad", dict(required=True,

@@ -126,7 +126,7 @@ def recall(setting, draw, split, seed):
     """3 12 7 9 5 11 7 9: keys before their values. A key has one value, drawn anew for a sequence;
     the last pair repeats one before it. Trained on every next token, tested on values of keys shown
     before. Noisy: some pairs are two tokens of noise. Fuzzy: after pads, keys and values are motifs
-    of 1 to L tokens (a test's keys of L); only an earlier appearance tells where a value ends."""
+    of 1 to L tokens (in a test keys have L); where a value ends, its earlier appearance tells."""
     (keys, values), T, P = halves(setting), setting.seq_len, setting.seq_len // 2
     L, slot = setting.max_motif if "fuzzy" in setting.task else 1, np.arange(P)
     pair = np.stack([motifs(draw, keys, L, P), keys + motifs(draw, values, L, P)], 2)
@@ -141,16 +141,16 @@ def recall(setting, draw, split, seed):
     pair[:, :, 1] = np.take_along_axis(pair[:, :, 1], first_shown(code)[..., None], 1)
     pair[noise] = keys + values + draw(setting.noise_vocab_size, P, 2, 1)[noise]
 
-    fits = (pair >= 0).sum((2, 3)).cumsum(1) <= T - 2 * L                # and the last one, too
+    fits = (pair >= 0).sum((2, 3)).cumsum(1) <= T - 2 * L                # leaves room for the last
     used = fits.sum(1, keepdims=True)                                    # pairs before the last
     last = np.where(fits & ~noise, draw(2 ** 32, P), -1).argmax(1)       # the one that it repeats
-    order = np.where(slot < used, slot, last[:, None])                   # 0 .. used-1, last, last
+    order = np.where(slot < used, slot, last[:, None])                   # 0 .. used-1, then last
     pair = np.take_along_axis(pair, order[..., None, None], 1)
     exists = (pair >= 0) & (slot <= used)[..., None, None]
     answer = exists & (split == "train")
     answer[:, :, 1] |= (first_shown(np.take_along_axis(code, order, 1)) < slot)[..., None]
 
-    # Read row by row, the tokens that exist are, in order, the end of each sequence.
+    # Row by row, the tokens that exist fill the end of each sequence; pads come before them.
     end = np.arange(T) >= T - exists.sum((1, 2, 3))[:, None]             # (B, T)
     tokens, scored = np.full((BLOCK, T), setting.vocab_size - 1), np.zeros((BLOCK, T), bool)
     tokens[end], scored[end] = pair[exists], answer[exists]
@@ -273,7 +273,7 @@ def get_encoding(name):
     """tiktoken's, downloaded at first use; "gpt2:2048" has its first 2,048 tokens. UserError."""
     import tiktoken
     full, _, size = name.partition(":")
-    if full not in tiktoken.list_encoding_names() or not re.fullmatch(r"([1-9]\d{3})?", size):
+    if full not in tiktoken.list_encoding_names() or not re.fullmatch(r"([1-9]\d{3,})?", size):
         raise unknown("tokenizer", name, ["bytes", *tiktoken.list_encoding_names(), "gpt2:1000 .."])
     try:
         full = tiktoken.get_encoding(full)
@@ -302,7 +302,7 @@ def token_table(tokenizer):
     return {encoding.encode_single_token(text): text for text in encoding.token_byte_values()}
 
 def bytes_per_token(targets, tokenizer):
-    """Mean bytes of text of a target; None if tiktoken's table is out of reach."""
+    """Mean length of a target in bytes; None if tiktoken's table is out of reach."""
     try:
         table = token_table(tokenizer)
     except UserError:
@@ -333,7 +333,7 @@ def open_ids(file, tokenizer):
     for wrong, what in (
             (shard and len(ids) != head[2], f"{len(ids)} ids, but by its header {head[2:]}"),
             (file.suffix == ".bin" and not shard and not (ids[17:256:2] > 3).any(),
-             f"another header, or ids not {raw[1:]} bytes wide: give their --tokenizer, or a .npy"),
+             f"another header, or ids not {raw[2:]} bytes wide: give their --tokenizer, or a .npy"),
             (ids.ndim > 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= M,
              f"{ids.dtype} that are not all ids below {M}: give the --tokenizer that made them"),
             (tokenizer == "bytes" and (ids[:10 ** 6] < 9).mean() > 0.01,
@@ -361,13 +361,13 @@ def corpus(path):
     files = files or [root] * root.is_file() or [Path(name) for name in glob.glob(str(path))]
     files = sorted(file for file in files if file.is_file() and file.stat().st_size)
     if len({file.suffix in (".bin", ".npy") for file in files}) != 1:
-        raise UserError(f"--data {path}: {len(files)} files; permitted: text, or .bin and .npy")
+        raise UserError(f"--data {path}: {len(files)} files; permitted: all text, or all .bin/.npy")
     return files
 
 def load_text(path, tokenizer="bytes"):
     """A corpus as Text. Validation takes, of one file, the last tenth; of several, those with `val`
     in their paths, if others have `train` (the rest is not used), else a tenth, by paths' hash."""
-    files = corpus(path)
+    files, M = corpus(path), vocab_size(tokenizer)
     root = os.path.commonpath([file.parent for file in files])
     names = [Path(os.path.relpath(file, root)).as_posix() for file in files]
     word = re.compile("(?<![a-z])(train|val)(?=ing|id|[^a-z]|$)")
@@ -384,8 +384,8 @@ def load_text(path, tokenizer="bytes"):
                       for side in ("train", "val"))
     digest = hashlib.sha256(train)
     digest.update(val)
-    name = Path(path).name if path else f"Python {sys.version.split()[0]} standard library"
-    return Text(train, val, name, vocab_size(tokenizer), digest.hexdigest())
+    own = f"Python {sys.version.split()[0]} standard library"
+    return Text(train, val, Path(path).resolve().name if path else own, M, digest.hexdigest())
 
 def text_windows(tokens, starts, T):
     """inputs, targets: int64 (B, T), the targets one token later; starts (B,)."""

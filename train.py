@@ -6,14 +6,13 @@ How a model learns: one run of one task, from the command line to a folder of re
     python train.py --layers "hyena swiglu" --lr 5e-4   any pattern of layers.py
     python train.py --arch mamba --task text            a language model of Python's own sources
     python train.py --sample out/mamba_text --prompt "def "       what it writes
-    python train.py --arch hybrid --task mad            the quick score: a grid of runs, resumable
+    python train.py --arch hybrid --task mad            the quick score: six runs, resumable
 
 Protocol (Poli et al. 2024, appendix): AdamW with betas (0.9, 0.98), cosine decay to 1e-6, no
 warmup, no clipping, batch 128, 200 epochs (here 32 and 1: enough to see what an architecture does).
 
-A run's folder, out/NAME/, holds config.json, log.jsonl (a JSON object per line), ckpt.pt, best.pt
-(the best test's) and result.json. A run stopped at any moment goes on by the same command, or by
---resume FOLDER, and on a CPU it ends with the same parameters, bit for bit.
+A run's folder, out/NAME/, holds config.json, log.jsonl, result.json, ckpt.pt, best.pt (of the best
+test). A stopped run goes on by the same command, on a CPU to the same parameters, bit for bit.
 """
 import argparse
 import contextlib
@@ -50,7 +49,7 @@ from model import (ARCHS, Model, ledger, load_checkpoint, make_optimizer, print_
 from tasks import IGNORE, Parser, UserError, run_main, unknown
 
 RESULTS_VERSION = 2     # raise it when a change of code changes results
-tqdm.set_lock(threading.RLock())     # its own is a semaphore, which a stopped worker would leave
+tqdm.set_lock(threading.RLock())     # its own, a semaphore, leaks if a worker is stopped
 
 # ---- The command line: a field of Config is an option -------------------------------------------
 
@@ -61,7 +60,7 @@ def option(default, text, *choices, low=None, high=2 ** 31, run=True):
 
 @dataclass
 class Config:
-    """None: chosen for the task, as the help says; "auto": for the machine."""
+    """None: none, or chosen for the task, as the help says; "auto": chosen for the machine."""
     arch: str = option("hybrid", "architecture; `python model.py` shows them")
     layers: str | None = option(None, "pattern of layers instead, such as 'mamba swiglu'")
     task: str = option("in-context-recall", "what to learn; mad: the score over all six tasks",
@@ -108,7 +107,7 @@ class Config:
     # other commands
     sample: str | None = option(None, "write text with the model in this folder", run=False)
     prompt: str = option("def ", "the text to go on from", run=False)
-    benchmark: bool = option(False, "time whole steps: of --arch, or of three", run=False)
+    benchmark: bool = option(False, "time whole steps: of --layers, or of three", run=False)
 
 FIELDS = {f.name: f for f in fields(Config)}
 OF_SETTING = ("seq_len", "vocab_size", "num_train", "frac_noise", "num_tokens_to_copy")
@@ -223,18 +222,18 @@ def connect(config):
         if not os.environ.get(name):
             raise UserError(f"{name} is missing or empty: start with torchrun, or unset RANK")
     if config.task != "text" or config.batch_size % int(os.environ["WORLD_SIZE"]):
-        raise UserError("torchrun's processes share --task text, and --batch-size in equal parts")
+        raise UserError("torchrun needs --task text and a --batch-size that WORLD_SIZE divides")
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.is_initialized() or dist.init_process_group("nccl" if cuda else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 # ---- Data: batches of (tokens, targets) ---------------------------------------------------------
 
 def load_data(config, rank=0, world=1):
     """batch(step) and tests(most) give (tokens, targets), int64 (B, T): a MAD task's data in a new
-    order each epoch, or random windows of text; a test of text has `most`, and recall_tokens."""
+    order each epoch, or random windows of text; its tests: `most` windows, and recall_tokens."""
     B, T, seed = config.batch_size, config.context, config.seed
     if config.task == "text":
         text = tasks.load_text(config.data, config.tokenizer)
@@ -352,8 +351,8 @@ def macro_accuracy(predictions, targets, vocab_size):
     return (right / total.clamp(min=1))[total + count(predictions) > 0].mean()
 
 def recall_tokens(train, windows, n, min_count=100):
-    """bool (B, L): which tokens of windows (B, L) end an n-gram that is earlier in the window, but
-    less than min_count times in train's first 10^7 (after Arora et al. 2023, arXiv 2312.04927)."""
+    """bool (B, L): which tokens of windows (B, L) end an n-gram that is earlier in the window, and
+    fewer than min_count times in train's first 10^7 (after Arora et al. 2023, arXiv 2312.04927)."""
     M = int(max(train.max(), windows.max())) + 1                              # B M^n < 2^63
     code = lambda ids: sum(ids[..., i:ids.shape[-1] + 1 - n + i].astype(np.int64) * M ** i
                            for i in range(n))
@@ -495,7 +494,7 @@ def train(config, verbose=True, bar=None):
             if not (testing or step % config.log_every == 0 or signals and world == 1):
                 continue
 
-            # Here, and only here, the device is waited for.
+            # From here on, and only here, the device is waited for.
             loss, norm, lr = float(loss), float(norm), optimizer.param_groups[0]["lr"]
             if not math.isfinite(loss + norm):
                 raise Diverged(f"step {step}, learning rate {lr:.1e}: loss {loss}, gradient norm "
@@ -528,7 +527,7 @@ def train(config, verbose=True, bar=None):
             if stop:
                 progress.write(f"stopped at step {step:,} of {config.steps:,}; go on by the same "
                                f"command, or by --resume {folder}", file=sys.stderr)
-                in_worker = multiprocessing.parent_process()      # there only exits end quietly
+                in_worker = multiprocessing.parent_process()      # a worker's exit is quiet
                 raise (SystemExit if in_worker else KeyboardInterrupt)(128 + int(stop))
 
     if config.task == "text":
@@ -564,7 +563,7 @@ def print_summary(r):
 def short(*rows, lrs):
     """A preset of rows (task, changes of its baseline, steps), small batches, high rates."""
     settings = [(replace(tasks.BASELINES[task], **changes), steps) for task, changes, steps in rows]
-    return dict(settings=settings, epochs=None, batch_size=32, eval_every=100, lrs=lrs,
+    return dict(settings=settings, batch_size=32, eval_every=100, lrs=lrs,
                 weight_decays=(0.1,))
 
 PRESETS = {        # settings: (Setting, steps of its runs, or None: epochs)
@@ -590,7 +589,7 @@ def runs_of(config, setting, steps):
     changes = {k: v for k, v in asdict(setting).items() if v != getattr(base, k)}
     changes |= {k: FIELDS[k].default for k in OF_MAD}
     runs = [replace(config, **changes, task=setting.task, lr=lr, weight_decay=decay, steps=steps,
-                    epochs=None if steps else preset["epochs"], batch_size=preset["batch_size"],
+                    epochs=preset.get("epochs"), batch_size=preset["batch_size"],
                     eval_every=preset["eval_every"], out=f"{config.out}/mad/{config.preset}")
             for lr in preset["lrs"] for decay in preset["weight_decays"]]
     return [replace(run, name=run_name(run, "batch_size", "eval_every", "epochs")) for run in runs]
@@ -611,14 +610,14 @@ def score_setting(runs, threads, bar):
                       for r in results])
 
 def average(rows):
-    """The mean of each column, or None where all runs of a row have diverged."""
+    """The mean of each column, or None without rows, or if all runs of one have diverged."""
     columns = {k: [row[k] for row in rows] for k in ("token", "macro", "chance")}
     return {k: sum(v) / len(v) if v and None not in v else None for k, v in columns.items()}
 
 def mad_score(arch, preset="quick", config=None):
     """The score of an architecture or pattern, {"tasks": {task: {token, macro, chance}}, "mean"..}:
-    that of a setting is its best run's, accuracies from 0 to 1, that of a task the mean over its
-    settings, "mean" the mean over tasks. That of a whole preset is kept in out/scores/PRESET/."""
+    accuracies (0 to 1) of a setting's best run; of a task the mean over its settings; "mean" is
+    that over tasks. The record of a whole preset is written to out/scores/PRESET/, too."""
     config = replace(config or Config(), task="mad", preset=preset,
                      **{"arch" if arch in ARCHS else "layers": arch})
     i, n = map(int, check(config).shard.split("/"))
@@ -657,12 +656,13 @@ def mad_score(arch, preset="quick", config=None):
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # bfloat16 FLOP/s, by data sheets
 
 def benchmark(config):
-    """Whole steps of training: MAD's baseline, and on a GPU language models of GPT-2's shape."""
+    """Whole steps of training: MAD's baseline, and on a GPU language models of 12 blocks."""
     asked, steps = config.layers or changed(config).get("arch"), config.steps or 40
     archs = [asked] if asked else ["transformer", "hybrid", "mamba"]
     config = replace(config, arch=Config.arch, steps=steps, eval_every=steps)
     jobs = {arch: dict(layers=arch, batch_size=128) for arch in archs}
-    for dim in (768, 2048) if torch.cuda.is_available() and not asked else ():
+    large = torch.cuda.is_available() and config.device != "cpu" and not asked
+    for dim in (768, 2048) if large else ():
         for every in (1, 4):
             pattern = stripe("mh-hyena", "swiglu", 12, every, f"mh-attention(heads={dim // 64})")
             jobs[f"12 x {dim}, 1 in {every} attends"] = dict(
@@ -688,7 +688,7 @@ def main():
         mean = dict(token=record["mean"], macro=record["macro_mean"])
         print(f"\n{config.preset + ' score':<26}{'token':>9}{'macro':>9}   (per cent)")
         for name, row in (record["tasks"] | {"mean": mean}).items():
-            cells = ["failed" if row[k] is None else f"{100 * row[k]:.1f}" for k in mean]
+            cells = ["none" if row[k] is None else f"{100 * row[k]:.1f}" for k in mean]
             print("{:<26}{:>9}{:>9}".format(name, *cells))
     else:
         result = train(config)
