@@ -3,7 +3,7 @@ Does the MAD score predict language modelling? The trial registered in results/R
 It needs cl100k_base, which tiktoken downloads (or has in TIKTOKEN_CACHE_DIR).
 
   python results/trial.py run [--workers 2]     the runs that are missing, in order, in out/trial
-  python results/trial.py report                tests, table and picture
+  python results/trial.py report                tests, table, assets/trial.png
 """
 import functools
 import io
@@ -166,7 +166,7 @@ RECALL = [task for task in tasks.TASKS if "recall" in task]
 PARTS = ["loss", "recall_loss", "other_loss"]
 
 def value(rows, part):
-    """{arch: a loss}; a run that has diverged has no row, and ranks last. {} before all runs."""
+    """{arch: a loss}; without a row, diverged or not yet run, it ranks last. {} if none has one."""
     return {arch: rows[arch][part] if arch in rows else math.inf for arch in ARCHS if rows}
 
 def report(out):
@@ -180,7 +180,7 @@ def report(out):
     print_table(score, recall, runs)
     hours = sum(row["seconds"] for path in Path(out).rglob("runs.csv")
                 for row in scaling.read_csv(path, [], ["seconds"])) / 3600
-    print(f"\n{hours:.1f} hours of one thread in the runs of text")
+    print(f"\n{hours:.1f} hours of one thread in the runs of text, with pauses")
     plot(score, runs)
 
 def print_tests(score, recall, records, runs, again):
