@@ -433,9 +433,8 @@ def test_attention_on_a_gpu_gets_what_its_fused_kernels_take(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if not re.search(
     "hyena|moe|deltanet|rwkv7-time", name)])    # (these ask for autocast's device, or loop: delta)
-def test_on_a_gpu_no_layer_but_the_delta_rules_has_a_loop_over_time(name, monkeypatch):
-    """As traced on tensors without data; the scan, there one operator, is left out."""
-    monkeypatch.setattr(layers, "associative_scan", lambda join, steps, *_, **__: steps)
+def test_on_a_gpu_no_layer_but_the_delta_rules_has_a_loop_over_time(name):
+    """As traced on tensors without data. A scan takes log2 T rounds, 9 or 10 over tokens."""
     layer, counts = layers_make(name, max_len=1000).to("meta"), []
 
     def count(graph, _):
@@ -445,22 +444,17 @@ def test_on_a_gpu_no_layer_but_the_delta_rules_has_a_loop_over_time(name, monkey
         torch._dynamo.reset()
         x = torch.randn(2, T, WIDTH, device="meta")
         torch.compile(layer, backend=count, fullgraph=True, dynamic=False)(x)
-    assert len(counts) == 2 and counts[0] == counts[1] > 2
+    assert len(counts) == 2 and 2 < counts[0] <= counts[1] < 1.5 * counts[0]
 
-@pytest.mark.skipif(not layers.associative_scan, reason="this torch has none")
-def test_a_gpu_scan_is_one_node_of_the_graph():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    counts = []
-
-    def count(graph, _):
-        counts.append([str(n.target) for n in graph.graph.nodes].count("associative_scan"))
-        return graph.forward
-    for T in (320, 960):
-        torch._dynamo.reset()
-        with FakeTensorMode():
-            a, h = torch.empty(2, T, 3, device="cuda"), torch.empty(2, 3, device="cuda")
-            torch.compile(layers.parallel_scan, backend=count, fullgraph=True)(a, a, h)
-    assert counts == [1, 1]
+@pytest.mark.parametrize("T", [1, 37])
+def test_a_gpus_mamba_compiles_to_the_loops_gradients(T, monkeypatch):
+    """In a checkpoint, with torch's associative_scan A had none and dt wrong ones, or it failed."""
+    monkeypatch.setattr(layers, "step_scan", layers.parallel_scan)
+    *_, (_, inputs) = layers_recurrences(T, 1.0)
+    kept = functools.partial(torch.utils.checkpoint.checkpoint, layers.selective_scan)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: kept(*x, use_reentrant=False), backend="aot_eager")
+    layers_agree(compiled, layers.selective_scan_reference, inputs)
 
 @every_layer
 def test_layer_equals_its_loops(name):
@@ -981,6 +975,15 @@ def test_a_compiled_run_learns_the_same_and_is_shared(tmp_path, small_tests):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs >= 2
     assert again["steps"] == 24 and again["test_loss"] != compiled["test_loss"]
 
+def test_a_compiled_run_has_eagers_gradients_where_autocast_is_off(tmp_path, monkeypatch):
+    compiling, grads = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiling(f, backend="aot_eager"))
+    for choice in ("off", "on"):
+        config = tiny(tmp_path, layers="hyena deltanet", dtype="bfloat16", compile=choice)
+        data, net, _, loss_fn = train.build(train.check(dataclasses.replace(config, device="cpu")))
+        grads.append(torch.autograd.grad(loss_fn(*data.batch(0)), [*net.parameters()]))
+    assert all(map(torch.equal, *grads))
+
 # ==== train.py: text =============================================================================
 
 TEXT = dict(task="text", arch="hybrid", dim=32, context=32, batch_size=8, steps=60, dtype="float32",
@@ -1077,10 +1080,7 @@ def test_presets():
 MISTAKES = [
     ("train.py", "--arch hybird", "hybrid"),
     ("train.py", "--layers hyena(order=two)", "order"),
-    ("train.py", "--lr -1", "lr"),
-    ("train.py", "--task text --epochs 2", "epochs"),
     ("train.py", "--beta2 1", "beta2"),
-    ("train.py", "--data x.txt", "data"),
     ("train.py", "--task text --data none.txt", "none.txt"),
     ("train.py", "--task text --tokenizer gpt2:99", "gpt2:99"),
     ("train.py", "--resume nothing", "resume"),

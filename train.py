@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import tasks
-from layers import associative_scan, tune_allocator
+from layers import tune_allocator
 from model import (ARCHS, Model, ledger, load_checkpoint, make_optimizer, print_ledger, sample,
                    stripe, total)
 from tasks import IGNORE, Parser, UserError, run_main, unknown
@@ -200,11 +200,10 @@ def choose_machine(config, show=print):
         # Compiling costs half a minute on two cores, and then saves about a third of each step.
         T = config.context if config.task == "text" else setting_of(config).seq_len
         pays = config.steps * config.batch_size * T * config.dim ** 2 > 5e10 and device != "mps"
-        compiler = cuda or any(map(shutil.which, ("g++", "clang++", "cl")))
+        compiler = any(map(shutil.which, ("g++", "clang++", "cl")))
         compiled = "on" if pays and compiler else "off"
         reason = f"it {'pays' if pays else 'does not pay'} in {config.steps:,} steps"
         reason += ", but there is no C++ compiler: install g++" * (pays and not compiler)
-    reason += "" if associative_scan or device == "cpu" else "; this torch scans token by token"
     card = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} cores"
     show(f"machine  {device} ({card}), matrix products in {dtype}\ncompile  {compiled}: {reason}")
     if device == "cpu":
@@ -311,17 +310,17 @@ def build(config, rank=0, world=1):
     net = model.to(config.device)
     if world > 1:      # buffers are constants; processes may have different numbers of test batches
         net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    loss = functools.partial(compute_loss, net)
+
+    def loss_fn(tokens, targets):
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return compute_loss(net, tokens, targets)
+
     if config.compile == "on":
         shape = [*model.args.values(), config.batch_size, config.device, config.dtype, world]
         if shape != COMPILED:
             COMPILED[:] = shape
             torch.compiler.reset()                # it keeps only a few graphs of a function
-        loss = torch.compile(loss, dynamic=False, mode="reduce-overhead")     # CUDA: graphs
-
-    def loss_fn(tokens, targets):
-        with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            return loss(tokens, targets)
+        loss_fn = torch.compile(loss_fn, dynamic=False, mode="reduce-overhead")    # CUDA: graphs
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
     return data, model, optimizer, loss_fn
 
@@ -664,7 +663,8 @@ def benchmark(config):
     large = torch.cuda.is_available() and config.device != "cpu" and not asked
     for dim in (768, 2048) if large else ():
         for every in (1, 4):
-            pattern = stripe("mh-hyena", "swiglu", 12, every, f"mh-attention(heads={dim // 64})")
+            pattern = stripe(f"mh-hyena(heads={dim // 8})", "swiglu", 12, every,
+                             f"mh-attention(heads={dim // 64})")
             jobs[f"12 x {dim}, 1 in {every} attends"] = dict(
                 task="text", layers=pattern, dim=dim, context=2048, batch_size=12288 // dim)
     print(f"{'model':<28}{'parameters':>12}{'tokens/s':>10}{'GFLOP/s':>9}{'MFU':>7}")

@@ -10,15 +10,15 @@ python() { echo; echo "\$ python $*"; command timeout "$limit" python "$@" || ec
     git rev-parse HEAD
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
     some=mh-attention,mh-hyena,mh-gated-linear-attention,mamba,gated-deltanet,rwkv6-time-mixer
-    limit=40
+    limit=30
     python layers.py --device "$device" --no-loops --shape ${SHAPE:-8 1024 128}
     python layers.py --device "$device" --no-loops --shape ${SHAPE:-2 4096 512}
     for T in ${TIMES:-1024 4096 16384}; do                  # linear in T?
         python layers.py --device "$device" --no-loops --layers "$some" --shape 1 "$T" 128
     done
-    limit=90
+    limit=80
     python layers.py --device "$device" --compile --layers "$some" --shape ${SHAPE:-8 1024 128}
-    limit=180
+    limit=270
     python train.py --device "$device" --benchmark --compile on --steps "${STEPS:-40}"
     limit=90
     python train.py --device "$device" --batch-size 128 --steps "${RUN:-20000}" --early-stop 2 \
