@@ -153,7 +153,7 @@ def parallel_scan(a, b, h):
     return hs, hs[:, -1]
 
 def scan(a, b, h):
-    return (step_scan if b.device.type == "cpu" else parallel_scan)(a.expand_as(b), b, h)
+    return step_scan(a.expand_as(b), b, h) if b.device.type == "cpu" else parallel_scan(a, b, h)
 
 def linear_scan(a, b):
     """The same without the loop in Python."""
@@ -622,7 +622,7 @@ class MultiHeadHyena(Hyena):
         check_divides("heads", heads, dim)
         super().__init__(dim, max_len, 1, kernel, order)
         self.heads, self.channels = heads, dim * dim // heads
-        self.gate_flops = 6                              # skip, k (x) v, q .: a multiply-add each
+        self.gate_flops = 6                              # skip 2, k (x) v 2 (as if added), q . 2
         self.filter = ImplicitFilter(heads, max_len, order)
         self.state_shapes = [(kernel - 1, 3 * dim), (0, 2 * dim)]
         self.paper_state = order * self.channels
@@ -657,7 +657,7 @@ class GatedLinearRecurrence(Layer):
     def __init__(self, dim, heads, key_width=None, inner=None):
         super().__init__()
         self.dim, self.heads, self.inner = dim, heads, inner or dim
-        check_divides("heads", heads, self.inner, each=2)       # one element's norm is constant
+        check_divides("heads", heads, self.inner)
         self.width, value_width = key_width or dim // heads, self.inner // heads
         self.out = linear(self.inner, dim)
         self.state_shapes = [(heads, self.width, value_width + self.extra), (self.reads, dim)]

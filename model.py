@@ -152,7 +152,7 @@ class Model(nn.Module):
 
 def decayed(model):
     """The parameters with weight decay: the weights of nn.Linear, nn.Embedding and Experts, but not
-    of a filter's MLP, which reads times. None: norms, biases, taps, Mamba's A, D, RWKV's own."""
+    of a filter's MLP, which reads times. Not: norms, biases, taps, A, D, RWKV's vectors, mix_up."""
     in_filters = {m for f in model.modules() if isinstance(f, ImplicitFilter) for m in f.modules()}
     return [m.weight for m in model.modules()
             if isinstance(m, (nn.Linear, nn.Embedding, Experts)) and m not in in_filters]
@@ -181,7 +181,7 @@ def load_run(folder, device="cpu"):
     return model, saved
 
 def sample(folder, prompt, n=200, device="cpu", seed=0):
-    """The prompt and n tokens that a run's model writes after it. UserError without either."""
+    """The prompt and n tokens that a run's model writes after it. UserError without text."""
     model, saved = load_run(folder, device)
     if not (prompt and saved["tokenizer"]):
         raise UserError("--sample takes a run of --task text, --prompt a character or more")

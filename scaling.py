@@ -369,17 +369,17 @@ def read_csv(path, texts, floats):
     return rows
 
 def read_runs(path):
-    """A CSV of runs -> {architecture: Runs}; without an arch column the name is "all"."""
+    """A CSV of runs -> {architecture: Runs} ("all" without an arch column), for each text apart."""
     archs, rows = {}, read_csv(path, (), ("N", "D", "loss"))
-    if len({(row.get("data"), row.get("tokenizer"), row.get("context")) for row in rows}) > 1:
-        raise UserError(f"{path} mixes data, tokenizers or contexts: give each a file of its own")
-    for row in rows:
+    texts = [" ".join(row.get(k, "") for k in ("data", "tokenizer", "context")) for row in rows]
+    for row, text in zip(rows, texts):
         row = dict(C=6 * row["N"] * row["D"], state=np.nan, arch="all") | row
-        archs.setdefault(row["arch"], []).append([row[name] for name in Runs._fields])
+        name = f"{row['arch']} {text}" if texts.count(text) < len(texts) else row["arch"]
+        archs.setdefault(name, []).append([row[column] for column in Runs._fields])
     return {arch: make_runs(*np.array(rows).T) for arch, rows in archs.items()}
 
 def read_scores(path):
-    """{arch: records}, best first, and {arch: mean}: train.py's scores, or a CSV (arch, mean)."""
+    """{arch: records}, best first, and {arch: their mean}: train.py's, or a CSV (arch, mean)."""
     by_arch, files = {}, sorted(Path(path).glob("*.json"))
     records = [record for p in files if "mean" in (record := json.loads(p.read_text()))]
     for record in records or read_csv(path, ["arch"], ["mean"]):
@@ -549,7 +549,7 @@ def sweep(args):
         if (key := [str(run[name]) for name in KEY]) in done:
             continue
         config = Config(
-            task="text", name=re.sub(r"[^\w.@+-]", "-", "_".join(key))[-200:],
+            task="text", name=re.sub(r"[^\w.@+-]", "-", "_".join(key)),
             out=args.out, data=args.data, tokenizer=args.tokenizer, context=args.context,
             layers=run["pattern"], dim=run["width"], batch_size=run["batch"], seed=args.seed,
             steps=run["steps"], eval_every=run["steps"], warmup=run["steps"] // 20, lr=run["lr"],

@@ -382,10 +382,10 @@ def load_text(path, tokenizer="bytes"):
     else:
         train, val = (load_tokens([file for file, s in zip(files, sides) if s == [side]], tokenizer)
                       for side in ("train", "val"))
-    digest = hashlib.sha256(train)
-    digest.update(val)
+    sha = hashlib.sha256(train)
+    sha.update(val)
     own = f"Python {sys.version.split()[0]} standard library"
-    return Text(train, val, Path(path).resolve().name if path else own, M, digest.hexdigest())
+    return Text(train, val, Path(os.path.abspath(path)).name if path else own, M, sha.hexdigest())
 
 def text_windows(tokens, starts, T):
     """inputs, targets: int64 (B, T), the targets one token later; starts (B,)."""

@@ -406,7 +406,7 @@ def layers_convolutions(T):
 def test_fast_paths_equal_their_loops(T, decay, parts, parallel, monkeypatch):
     monkeypatch.setattr(layers, "cached", lambda *_: parts)
     if parallel:
-        monkeypatch.setattr(layers, "step_scan", layers.parallel_scan)
+        monkeypatch.setattr(layers, "scan", layers.parallel_scan)
     cases = [*layers_convolutions(T), *((*case, {}) for case in layers_recurrences(T, decay))]
     for name, inputs, named in cases:
         layers_agree(functools.partial(getattr(layers, name), **named),
@@ -444,12 +444,12 @@ def test_on_a_gpu_no_layer_but_the_delta_rules_has_a_loop_over_time(name):
         torch._dynamo.reset()
         x = torch.randn(2, T, WIDTH, device="meta")
         torch.compile(layer, backend=count, fullgraph=True, dynamic=False)(x)
-    assert len(counts) == 2 and 2 < counts[0] <= counts[1] < 1.5 * counts[0]
+    assert 2 < counts[0] <= counts[1] <= counts[0] + 20                       # one round more
 
 @pytest.mark.parametrize("T", [1, 37])
 def test_a_gpus_mamba_compiles_to_the_loops_gradients(T, monkeypatch):
     """In a checkpoint, with torch's associative_scan A had none and dt wrong ones, or it failed."""
-    monkeypatch.setattr(layers, "step_scan", layers.parallel_scan)
+    monkeypatch.setattr(layers, "scan", layers.parallel_scan)
     *_, (_, inputs) = layers_recurrences(T, 1.0)
     kept = functools.partial(torch.utils.checkpoint.checkpoint, layers.selective_scan)
     torch._dynamo.reset()
@@ -1081,12 +1081,12 @@ MISTAKES = [
     ("train.py", "--arch hybird", "hybrid"),
     ("train.py", "--layers hyena(order=two)", "order"),
     ("train.py", "--beta2 1", "beta2"),
+    ("train.py", "--steps 0", "steps"),
+    ("train.py", "--task text --epochs 2", "epochs"),
     ("train.py", "--task text --data none.txt", "none.txt"),
-    ("train.py", "--task text --tokenizer gpt2:99", "gpt2:99"),
     ("train.py", "--resume nothing", "resume"),
     ("train.py", "--arch mamba --layers hyena", "--layers"),
     ("train.py", "--task mad --tasks text", "tasks"),
-    ("train.py", "--num-tokens-to-copy 8", "num-tokens-to-copy"),
     ("train.py", "--task mad --shard 2/2", "shard"),
     ("train.py", "--task mad --lr 3e-4", "lr"),
     ("scaling.py", "plan --sizes 0", "sizes"),
@@ -1298,8 +1298,7 @@ def test_scaling_commands(tmp_path, capsys):
     (GOOD_CSV.replace(",", ";").replace(".", ","), "';'"), (GOOD_CSV.replace(",", "\t"), "\\t"),
     ("N,D,loss\n1e8,1e9,3\n\n\n2e8,1e9,oops\n", "line 5, loss oops"), ("N,D,loss\n1,2,\n", "loss"),
     ('N,D,loss\n"20,000","1e9",3\n', "line 2, N 20,000"), ("N,D,loss\n1,2,3,5\n", "line 2"),
-    ("N,D,loss,context\n1e8,1e9,3,64\n2e8,1e9,2,128\n", "mixes"), ("", "column"),
-    (GOOD_CSV.replace("2.9", "-1"), "positive")])
+    (GOOD_CSV.replace("2.9", "-1"), "positive"), ("", "column")])
 def test_scaling_csv_as_people_export_it(text, words, tmp_path):
     (path := tmp_path / "runs.csv").write_text(text, encoding="utf-8")
     if not words:
@@ -1344,7 +1343,8 @@ def test_scaling_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     assert len(trained) == 16 and (tmp_path / "runs.csv").read_text() == text
     data.write_text("not to be or to be, " * 2000)
     scaling.main(args)
-    assert len({c.name for c in trained}) == 32          # another text: other runs
+    assert len({c.name for c in trained}) == 32          # another text: other runs, and fits
+    assert len(scaling.read_runs(tmp_path / "runs.csv")) == 4
 
 @pytest.mark.parametrize("arch", [*model.ARCHS, "mlp",
                                   "mh-hyena swiglu mh-attention(heads=4) swiglu"])

@@ -12,7 +12,7 @@ Protocol (Poli et al. 2024, appendix): AdamW with betas (0.9, 0.98), cosine deca
 warmup, no clipping, batch 128, 200 epochs (here 32 and 1: enough to see what an architecture does).
 
 A run's folder, out/NAME/, holds config.json, log.jsonl, result.json, ckpt.pt, best.pt (of the best
-test). A stopped run goes on by the same command, on a CPU to the same parameters, bit for bit.
+test). A stopped run goes on by the same command, or by --resume FOLDER; on a CPU bit for bit.
 """
 import argparse
 import contextlib
@@ -107,7 +107,7 @@ class Config:
     # other commands
     sample: str | None = option(None, "write text with the model in this folder", run=False)
     prompt: str = option("def ", "the text to go on from", run=False)
-    benchmark: bool = option(False, "time whole steps: of --layers, or of three", run=False)
+    benchmark: bool = option(False, "time whole steps: of --arch, --layers, or three", run=False)
 
 FIELDS = {f.name: f for f in fields(Config)}
 OF_SETTING = ("seq_len", "vocab_size", "num_train", "frac_noise", "num_tokens_to_copy")
@@ -688,7 +688,7 @@ def main():
         mean = dict(token=record["mean"], macro=record["macro_mean"])
         print(f"\n{config.preset + ' score':<26}{'token':>9}{'macro':>9}   (per cent)")
         for name, row in (record["tasks"] | {"mean": mean}).items():
-            cells = ["none" if row[k] is None else f"{100 * row[k]:.1f}" for k in mean]
+            cells = ["no score" if row[k] is None else f"{100 * row[k]:.1f}" for k in mean]
             print("{:<26}{:>9}{:>9}".format(name, *cells))
     else:
         result = train(config)
