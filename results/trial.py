@@ -195,6 +195,9 @@ def print_tests(score, recall, records, runs, again):
         "its recall part": (value(runs["1e12"], "recall_loss"), value(last, "recall_loss"))}
     for part in PARTS:
         tests[f"noise: {part} at 1.5e13, two seeds"] = value(last, part), value(again, part)
+    tests["noise: hard score, two seeds"] = [
+        {arch: some[i]["macro_mean"] for arch, some in records.items() if i < len(some)}
+        for i in (0, 1)]
     tests = {title: (x, y) for title, (x, y) in tests.items() if x and y}
     found = [ranks(x, y) for x, y in tests.values()]
     for title, test in zip(tests, found):
