@@ -622,7 +622,7 @@ class MultiHeadHyena(Hyena):
         check_divides("heads", heads, dim)
         super().__init__(dim, max_len, 1, kernel, order)
         self.heads, self.channels = heads, dim * dim // heads
-        self.gate_flops = 6                              # skip 2, k (x) v 2 (as if added), q . 2
+        self.gate_flops = 6                   # skip 2, k (x) v 2 (as a multiply-add), q . 2
         self.filter = ImplicitFilter(heads, max_len, order)
         self.state_shapes = [(kernel - 1, 3 * dim), (0, 2 * dim)]
         self.paper_state = order * self.channels

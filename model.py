@@ -181,7 +181,8 @@ def load_run(folder, device="cpu"):
     return model, saved
 
 def sample(folder, prompt, n=200, device="cpu", seed=0):
-    """The prompt and n tokens that a run's model writes after it. UserError without text."""
+    """The prompt and n tokens that a run's model writes after it. UserError for an empty prompt and
+    for a run that is not of text."""
     model, saved = load_run(folder, device)
     if not (prompt and saved["tokenizer"]):
         raise UserError("--sample takes a run of --task text, --prompt a character or more")

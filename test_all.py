@@ -1087,13 +1087,13 @@ MISTAKES = [
     ("train.py", "--resume nothing", "resume"),
     ("train.py", "--arch mamba --layers hyena", "--layers"),
     ("train.py", "--task mad --tasks text", "tasks"),
+    ("train.py", "--num-tokens-to-copy 8", "num-tokens-to-copy"),
     ("train.py", "--task mad --shard 2/2", "shard"),
     ("train.py", "--task mad --lr 3e-4", "lr"),
     ("scaling.py", "plan --sizes 0", "sizes"),
     ("scaling.py", "plan --archs hybrid --depth 3", "depth"),
     ("scaling.py", "fit none.csv", "none.csv"),
     ("scaling.py", "plan --archs hyena(expand=2,order=4) --budgets 1e7", "budgets"),
-    ("layers.py", "--layers hyenas", "permitted: attention"),
     ("tasks.py", "--task recall", "task"),
     ("model.py", "--show nothing", "nothing"),
 ]
@@ -1141,8 +1141,8 @@ def test_the_readmes_layer_works_as_pasted(tmp_path):
 
 def test_readme_names_only_options_and_files_that_exist():
     text = README.replace("\\\n", "").replace("scaling.py ", "scaling.py_")
-    for name in ("train.py", "layers.py", "model.py", "scaling.py_sweep", "scaling.py_table",
-                 "scaling.py_mixing"):
+    scripts = "train.py layers.py model.py scaling.py_sweep scaling.py_table scaling.py_mixing"
+    for name in scripts.split():
         known = re.findall(r"--[\w-]+", script(*name.split("_"), "-h").stdout)
         for words in re.findall(rf"python {name} ([^`\n#]*)", text):
             assert {*re.findall(r"--[a-z][\w-]*", words)} <= {*known}, words

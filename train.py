@@ -48,7 +48,7 @@ from model import (ARCHS, Model, ledger, load_checkpoint, make_optimizer, print_
                    stripe, total)
 from tasks import IGNORE, Parser, UserError, run_main, unknown
 
-RESULTS_VERSION = 2     # raise it when a change of code changes results
+RESULTS_VERSION = 2     # raise it when a change of code changes results beyond rounding
 tqdm.set_lock(threading.RLock())     # its own, a semaphore, leaks if a worker is stopped
 
 # ---- The command line: a field of Config is an option -------------------------------------------
@@ -60,7 +60,7 @@ def option(default, text, *choices, low=None, high=2 ** 31, run=True):
 
 @dataclass
 class Config:
-    """None: none, or chosen for the task, as the help says; "auto": chosen for the machine."""
+    """None: off, or chosen for the task, as the help says; "auto": chosen for the machine."""
     arch: str = option("hybrid", "architecture; `python model.py` shows them")
     layers: str | None = option(None, "pattern of layers instead, such as 'mamba swiglu'")
     task: str = option("in-context-recall", "what to learn; mad: the score over all six tasks",
@@ -350,8 +350,8 @@ def macro_accuracy(predictions, targets, vocab_size):
     return (right / total.clamp(min=1))[total + count(predictions) > 0].mean()
 
 def recall_tokens(train, windows, n, min_count=100):
-    """bool (B, L): which tokens of windows (B, L) end an n-gram that is earlier in the window, and
-    fewer than min_count times in train's first 10^7 (after Arora et al. 2023, arXiv 2312.04927)."""
+    """bool (B, L): which tokens of windows (B, L) end an n-gram that is earlier in the window and, in
+    train's first 10^7, rarer than min_count times (after Arora et al. 2023, arXiv 2312.04927)."""
     M = int(max(train.max(), windows.max())) + 1                              # B M^n < 2^63
     code = lambda ids: sum(ids[..., i:ids.shape[-1] + 1 - n + i].astype(np.int64) * M ** i
                            for i in range(n))
