@@ -350,7 +350,7 @@ def macro_accuracy(predictions, targets, vocab_size):
     return (right / total.clamp(min=1))[total + count(predictions) > 0].mean()
 
 def recall_tokens(train, windows, n, min_count=100):
-    """bool (B, L): which tokens of windows (B, L) end an n-gram that is earlier in the window and, in
+    """bool (B, L): which tokens of windows (B, L) end an n-gram that is earlier in it and, in
     train's first 10^7, rarer than min_count times (after Arora et al. 2023, arXiv 2312.04927)."""
     M = int(max(train.max(), windows.max())) + 1                              # B M^n < 2^63
     code = lambda ids: sum(ids[..., i:ids.shape[-1] + 1 - n + i].astype(np.int64) * M ** i
