@@ -204,8 +204,7 @@ def gated_linear_step(S, q, k, v, log_a=None, u=None):
 
 def gated_linear_scan_reference(q, k, v, log_a=None, u=None):
     """q, k (B, H, T, K), v (B, H, T, V), log_a (B or 1, H, T, K or 1) <= 0 -> (B, H, T, V)."""
-    q, k, v = map(upcast, (q, k, v))
-    S, ys = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    S, ys = upcast(q).new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
     for t in range(q.shape[2]):
         decay = None if log_a is None else upcast(log_a)[:, :, t]
         y, S = gated_linear_step(S, q[:, :, t], k[:, :, t], v[:, :, t], decay, u)
@@ -671,11 +670,10 @@ class GatedLinearRecurrence(Layer):
     def step(self, x, state):
         S, earlier = state
         window = torch.cat((earlier, x[:, None]), 1)                          # (B, reads + 1, D)
-        last = lambda p: p if p is None or p.ndim < 3 else p[..., -1:, :]     # (u has no time)
-        *inputs, gate = map(last, self.project(window))
-        inputs = (p if p is None or p.ndim < 4 else p[:, :, 0] for p in inputs)
+        *inputs, gate = self.project(window)
+        inputs = (p if p is None or p.ndim < 4 else p[:, :, -1] for p in inputs)   # (u: no time)
         y, S = (delta_step if self.delta_rule else gated_linear_step)(S, *inputs)
-        y = self.readout(y[:, :, None], gate).to(x.dtype)
+        y = self.readout(y[:, :, None], gate if gate is None else gate[:, -1:]).to(x.dtype)
         return self.out(y)[:, 0], (S, window[:, 1:])
 
     def mixing_flops(self, T):
@@ -760,8 +758,7 @@ class RWKV5(GatedLinearRecurrence):
     def project(self, x):
         mixed = self.mixtures(x)
         q, k, v, gate = (W(m) for W, m in zip((self.r, self.k, self.v, self.g), mixed))
-        q, k, v, log_a = (split_heads(p, self.heads)
-                          for p in (q, k, v, self.log_decay(mixed[-1])))
+        q, k, v, log_a = (split_heads(p, self.heads) for p in (q, k, v, self.log_decay(mixed[-1])))
         return q * self.width ** -0.5, k, v, log_a, self.bonus, gate
 
     def readout(self, y, gate):
@@ -1137,6 +1134,8 @@ def main():
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     parser.add_argument("--device", default=devices[0], choices=devices)
     args = parser.parse_args()
+    if min(args.shape) < 1:
+        raise UserError(f"--shape is {args.shape}; permitted: three numbers from 1 on")
     torch.manual_seed(0)
     if args.show:
         names = LAYERS if args.show == "all" else [args.show]

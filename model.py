@@ -159,8 +159,8 @@ def decayed(model):
 
 def make_optimizer(model, lr, weight_decay, beta2):
     """AdamW in two groups: with weight decay, and without."""
-    chosen = {id(p) for p in decayed(model)}
-    groups = [dict(params=[p for p in model.parameters() if (id(p) in chosen) == decays],
+    chosen = set(decayed(model))
+    groups = [dict(params=[p for p in model.parameters() if (p in chosen) == decays],
                    weight_decay=weight_decay * decays, initial_lr=lr) for decays in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
 
@@ -211,8 +211,7 @@ def ledger(model, T):
         growth = count_state(layer.step(x, state)[1]) - size        # the same at every later token
         rows.append(Entry(block.name, count(block), size + (T - 1) * growth, layer.nominal(T),
                           layer.flops(T)))
-    linears = [m for part in (model.decoder, model.unembed) if part is not None
-               for m in part.modules() if isinstance(m, nn.Linear)]
+    linears = {m for m in model.modules() if isinstance(m, nn.Linear)} - {*model.blocks.modules()}
     return rows + [Entry("embedding, unembedding", count(model) - sum(r.parameters for r in rows),
                          0, 0, 2 * T * sum(m.weight.numel() for m in linears))]
 

@@ -383,19 +383,18 @@ def read_scores(path):
     by_arch, files = {}, sorted(Path(path).glob("*.json"))
     records = [record for p in files if "mean" in (record := json.loads(p.read_text()))]
     for record in records or read_csv(path, ["arch"], ["mean"]):
-        if record.get("macro_mean", record["mean"]) is None:
+        if record.setdefault("macro_mean", record["mean"]) is None:
             raise UserError(f"{record['arch']} has no score: all runs of a setting diverged")
         options = [f"{k}={v}" for k, v in record.get("options", {}).items() if k != "seed"]
         by_arch.setdefault(" ".join([record["arch"], *options]), []).append(record)
-    scores = {arch: float(np.mean([record.get("macro_mean", record["mean"]) for record in some]))
-              for arch, some in by_arch.items()}
+    scores = {arch: np.mean([r["macro_mean"] for r in some]) for arch, some in by_arch.items()}
     return {arch: by_arch[arch] for arch in sorted(scores, key=scores.get, reverse=True)}, scores
 
 def table(records, scores):
     """Markdown: accuracies in % averaged over classes, published ones beneath; how both rank."""
     cell = lambda values: (f"{100 * np.mean(values):.1f}"            # and half the range of seeds
                            + f" ±{50 * np.ptp(values):.1f}" * (len(values) > 1))
-    paper, preset = {}, next(iter(records.values()))[0].get("preset")
+    paper, preset = {}, next(iter(records.values()), [{}])[0].get("preset")
     if not preset:
         raise UserError("--mad: a table needs a folder of scores of train.py, not a CSV of means")
     title = f"{'MAD' if preset == 'full' else preset} score"

@@ -454,7 +454,7 @@ def catch_signals():
         for number, old in before.items():
             signal.signal(number, old)
 
-def train(config, verbose=True, bar=None):
+def train(config, verbose=True, bar=False):
     """One run, from where its folder stands to its end -> the contents of its result.json. Raises
     UserError, Diverged, and after a signal, once it is saved, KeyboardInterrupt (128 + signal)."""
     started, (rank, world) = time.perf_counter(), connect(config)
@@ -482,8 +482,7 @@ def train(config, verbose=True, bar=None):
     started -= state["wall_s"]
     last_step, last_time = state["step"], time.perf_counter()
     progress = tqdm(total=config.steps, initial=last_step, unit="step", dynamic_ncols=True,
-                    desc=config.layers or config.arch, leave=verbose,
-                    disable=rank > 0 or not (verbose if bar is None else bar))
+                    desc=config.layers or config.arch, leave=verbose, disable=not (verbose or bar))
     with progress, catch_signals() as signals:
         while state["ended"] is None:
             loss, norm = one_step(config, state["step"], data, model, optimizer, loss_fn)
@@ -562,8 +561,7 @@ def print_summary(r):
 def short(*rows, lrs):
     """A preset of rows (task, changes of its baseline, steps), small batches, high rates."""
     settings = [(replace(tasks.BASELINES[task], **changes), steps) for task, changes, steps in rows]
-    return dict(settings=settings, batch_size=32, eval_every=100, lrs=lrs,
-                weight_decays=(0.1,))
+    return dict(settings=settings, batch_size=32, eval_every=100, lrs=lrs, weight_decays=(0.1,))
 
 PRESETS = {        # settings: (Setting, steps of its runs, or None: epochs)
     # The paper's 396 runs: the best of six, chosen and ended by test accuracy, as published.

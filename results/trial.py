@@ -146,6 +146,9 @@ def run(out, workers):
 
 # -- What came out -------------------------------------------------------------------------------
 
+RECALL = [task for task in tasks.TASKS if "recall" in task]
+PARTS = ["loss", "recall_loss", "other_loss"]
+
 def ranks(x, y):
     """Spearman's rho of {arch: value} x with y, n, p, and the range of rho without one of them."""
     archs = [arch for arch in x if arch in y]
@@ -156,14 +159,10 @@ def ranks(x, y):
 
 def best_runs(out, budget, seed="0"):
     """{arch: its run of the least loss at a budget}."""
-    floats = ["loss", "recall_loss", "other_loss", "budget"]
-    found = {path.parent.name: [row for row in scaling.read_csv(path, ["seed"], floats)
+    found = {path.parent.name: [row for row in scaling.read_csv(path, ["seed"], [*PARTS, "budget"])
                                 if row["budget"] == budget and row["seed"] == seed]
              for path in Path(out).glob("*/runs.csv")}
     return {arch: min(some, key=lambda row: row["loss"]) for arch, some in found.items() if some}
-
-RECALL = [task for task in tasks.TASKS if "recall" in task]
-PARTS = ["loss", "recall_loss", "other_loss"]
 
 def value(rows, part):
     """{arch: a loss}; without a row, diverged or not yet run, it ranks last. {} if none has one."""
