@@ -1104,6 +1104,14 @@ def test_a_mistake_is_one_line(name, words, option, tmp_path, monkeypatch, capsy
     assert stopped.value.code == 2 and option in errors and "\n" not in errors
     assert not any(tmp_path.iterdir())
 
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    config, quiet = Config(device="cpu", steps=10 ** 6), lambda line: None
+    assert train.choose_machine(config, quiet).compile == "off"
+    with pytest.raises(UserError, match="--compile"):
+        train.choose_machine(train.replace(config, compile="on"), quiet)
+
 def test_the_benchmark_of_one_architecture():
     done = script("train.py", "--benchmark", "--arch", "mamba", "--steps", 2, "--compile", "off")
     assert re.findall(r"^\w+", done.stdout, re.M) == ["model", "mamba"], done.stderr

@@ -196,11 +196,13 @@ def choose_machine(config, show=print):
         bf16 = (torch.cuda.is_bf16_supported(False) if cuda else
                 device == "cpu" and cpuinfo.exists() and "bf16" in cpuinfo.read_text())
         dtype = "bfloat16" if bf16 else "float32"
+    compiler = "CXX" in os.environ or any(map(shutil.which, ("g++", "clang++", "cl")))
+    if compiled == "on" and not (compiler or cuda):
+        raise UserError("--compile on needs a C++ compiler: install g++, or leave the option out")
     if compiled == "auto":
         # Compiling costs half a minute on two cores, and then saves about a third of each step.
         T = config.context if config.task == "text" else setting_of(config).seq_len
         pays = config.steps * config.batch_size * T * config.dim ** 2 > 5e10 and device != "mps"
-        compiler = any(map(shutil.which, ("g++", "clang++", "cl")))
         compiled = "on" if pays and compiler else "off"
         reason = f"it {'pays' if pays else 'does not pay'} in {config.steps:,} steps"
         reason += ", but there is no C++ compiler: install g++" * (pays and not compiler)
