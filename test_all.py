@@ -1110,7 +1110,7 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     config, quiet = Config(device="cpu", steps=10 ** 6), lambda line: None
     assert train.choose_machine(config, quiet).compile == "off"
     with pytest.raises(UserError, match="--compile"):
-        train.choose_machine(train.replace(config, compile="on"), quiet)
+        train.choose_machine(dataclasses.replace(config, compile="on"), quiet)
 
 def test_the_benchmark_of_one_architecture():
     done = script("train.py", "--benchmark", "--arch", "mamba", "--steps", 2, "--compile", "off")
