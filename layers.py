@@ -671,7 +671,7 @@ class GatedLinearRecurrence(Layer):
         S, earlier = state
         window = torch.cat((earlier, x[:, None]), 1)                          # (B, reads + 1, D)
         *inputs, gate = self.project(window)
-        inputs = (p if p is None or p.ndim < 4 else p[:, :, -1] for p in inputs)   # (u: no time)
+        inputs = (p if p is None or p.ndim < 4 else p[:, :, -1] for p in inputs)  # u has no time
         y, S = (delta_step if self.delta_rule else gated_linear_step)(S, *inputs)
         y = self.readout(y[:, :, None], gate if gate is None else gate[:, -1:]).to(x.dtype)
         return self.out(y)[:, 0], (S, window[:, 1:])

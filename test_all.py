@@ -352,8 +352,7 @@ def layers_agree(fast, slow, inputs, tolerance=1e-9):
     y, z = fast(*inputs), slow(*inputs)
     assert y.shape == z.shape and layers_gap(y, z, 1e-3) < tolerance
     g, leaves = layers_normal(*y.shape, seed=9).to(y.dtype), [x for x in inputs if x is not None]
-    grads = [torch.autograd.grad((out * g).sum(), leaves, materialize_grads=True)
-             for out in (y, z)]
+    grads = [torch.autograd.grad((out * g).sum(), leaves, materialize_grads=True) for out in (y, z)]
     largest = float(max(b.abs().max() for b in grads[1]))
     for a, b in zip(*grads):                             # (a gradient of 0 has no relative error)
         assert layers_gap(a, b, 1e-2 * largest + 1e-12) < tolerance
@@ -743,7 +742,8 @@ def test_generate_is_greedy_at_temperature_0_and_draws_from_top_k():
 
 def test_weight_decay_is_for_matrices():
     net = Model("hyena moe-mlp rwkv6-time-mixer mamba", 16, 32, 12)
-    names = {n for n, p in net.named_parameters() if any(p is q for q in model.decayed(net))}
+    chosen, _ = model.make_optimizer(net, 1e-3, 0.1, 0.9).param_groups
+    names = {n for n, p in net.named_parameters() if any(p is q for q in chosen["params"])}
     assert "embed.weight" in names and "blocks.1.layer.w_in.weight" in names
     assert not any(word in f"{n}." for n in names for word in (
         "norm", "filter", "taps", "A_log", "mix.", "mix_up", "bias", "bonus"))
@@ -1089,6 +1089,7 @@ MISTAKES = [
     ("scaling.py", "plan --archs hybrid --depth 3", "depth"),
     ("scaling.py", "fit none.csv", "none.csv"),
     ("scaling.py", "plan --archs hyena(expand=2,order=4) --budgets 1e7", "budgets"),
+    ("layers.py", "--shape 0 16 32", "shape"),
     ("tasks.py", "--task recall", "task"),
     ("model.py", "--show nothing", "nothing"),
 ]
@@ -1097,9 +1098,8 @@ MISTAKES = [
 def test_a_mistake_is_one_line(name, words, option, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *words.split()])
     monkeypatch.chdir(tmp_path)
-    module = __import__(name[:-3])
     with pytest.raises(SystemExit) as stopped:
-        tasks.run_main(module.main)
+        tasks.run_main(__import__(name[:-3]).main)
     errors = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and option in errors and "\n" not in errors
     assert not any(tmp_path.iterdir())
@@ -1140,7 +1140,7 @@ def test_the_readmes_layer_works_as_pasted(tmp_path):
         (tmp_path / f"{name}.py").write_text(source.replace(place, "\n" + layer + place))
     done = script("train.py", "--layers", "retention swiglu", "--num-train", 320, "--dim", 32,
                   "--batch-size", 32, "--steps", 5, "--out", tmp_path, cwd=tmp_path)
-    assert done.returncode == 0 and "test accuracy" in done.stdout, done.stderr
+    assert "test accuracy" in done.stdout and "100%" in done.stderr, done.stderr
 
 def test_readme_names_only_options_and_files_that_exist():
     text = README.replace("\\\n", "").replace("scaling.py ", "scaling.py_")
@@ -1321,6 +1321,7 @@ def test_scaling_table_of_records(tmp_path, monkeypatch):
     rows = [[cell.strip() for cell in line.strip("| ").split("|")]
             for line in scaling.table(*scaling.read_scores(tmp_path)).splitlines()]
     assert [rows[0][7], rows[3][0], rows[4][0]] == ["quick score", "*paper*", "mamba dim=32"]
+    pytest.raises(UserError, scaling.table, {}, {})                      # a CSV without a row
     assert rows[2] == ["mamba", *["65.0 ±5.0"] * 7, "51.0 ±1.0", "4,096", "433,792"]
 
 def test_scaling_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
